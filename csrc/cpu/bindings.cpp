@@ -1,0 +1,181 @@
+// bertfast._cpu: the native kernels over raw pointers. It knows nothing of torch; the launchers in
+// bertfast/kernels/cpu allocate every output and check every argument first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace bertfast {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+};
+
+// The compiled sets this processor can run, weakest first.
+std::vector<InstructionSet> usable_sets() {
+  std::vector<InstructionSet> sets;
+#if defined(BERTFAST_HAVE_BASELINE)
+  sets.push_back({"baseline", &baseline::kernels});
+#endif
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#if defined(BERTFAST_HAVE_AVX2)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) sets.push_back({"avx2", &avx2::kernels});
+#endif
+#if defined(BERTFAST_HAVE_AVX512) || defined(BERTFAST_HAVE_AVX512_BF16)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(BERTFAST_HAVE_AVX512)
+  if (has_avx512) sets.push_back({"avx512", &avx512::kernels});
+#endif
+#if defined(BERTFAST_HAVE_AVX512_BF16)
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    sets.push_back({"avx512_bf16", &avx512_bf16::kernels});
+#endif
+#endif
+  return sets;
+}
+
+InstructionSet current = {nullptr, nullptr};
+
+void set_isa(const std::string& name) {
+  std::string known;
+  for (const InstructionSet& set : usable_sets()) {
+    if (name == set.name) {
+      current = set;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(set.name);
+  }
+  throw std::invalid_argument("BERTFAST_CPU_ISA: expected one of " + known +
+                              " (what was compiled and this processor runs), got '" + name + "'");
+}
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+constexpr int out_of_memory = -1;
+
+// A status: 0, or the number (from 1) of the first condition that does not hold.
+template <class... Conditions>
+int first_broken(Conditions... holds) {
+  int number = 0, broken = 0;
+  ((++number, broken == 0 && !holds ? broken = number : 0), ...);
+  return broken;
+}
+
+bool known(int dtype) { return dtype == 0 || dtype == 1; }
+
+// float32 activations take float32 parameters; bfloat16 ones take either.
+bool known(int dtype, int parameter_dtype) {
+  return known(dtype) && known(parameter_dtype) && parameter_dtype <= dtype;
+}
+
+int layernorm_forward(Address x, Address residual, Address weight, Address bias, Address out,
+                      Address total, Address statistics, Address seed, int64_t rows,
+                      int64_t columns, float eps, uint32_t threshold, uint32_t site, int dtype,
+                      int parameter_dtype, int threads) {
+  const bool some = rows > 0;
+  if (const int broken =
+          first_broken(rows >= 0, columns >= 1, threads >= 1, known(dtype, parameter_dtype),
+                       threshold <= dropout_lanes, (threshold > 0) == (seed != 0),
+                       !some || (x && out && statistics), weight && bias))
+    return broken;
+  py::gil_scoped_release unlocked;
+  const bool done = current.kernels->layernorm_forward(
+      {at(x), at(residual), at(weight), at(bias), at(out), at(total), at<float>(statistics),
+       at<const int64_t>(seed), rows, columns, eps, threshold, site, static_cast<Dtype>(dtype),
+       static_cast<Dtype>(parameter_dtype), threads});
+  return done ? 0 : out_of_memory;
+}
+
+int layernorm_backward(Address dout, Address total, Address weight, Address statistics, Address dx,
+                       Address dresidual, Address dweight, Address dbias, Address partial,
+                       Address seed, int64_t rows, int64_t columns, int64_t blocks,
+                       uint32_t threshold, uint32_t site, int dtype, int parameter_dtype,
+                       int threads) {
+  const bool some = rows > 0;
+  if (const int broken =
+          first_broken(rows >= 0, columns >= 1, threads >= 1, known(dtype, parameter_dtype),
+                       threshold <= dropout_lanes, (threshold > 0) == (seed != 0),
+                       !some || (dout && total && statistics && dx), weight && dweight && dbias,
+                       blocks >= 1 && partial))
+    return broken;
+  py::gil_scoped_release unlocked;
+  current.kernels->layernorm_backward(
+      {at(dout), at(total), at(weight), at<float>(statistics), at(dx), at(dresidual), at(dweight),
+       at(dbias), at<float>(partial), at<const int64_t>(seed), rows, columns, blocks, threshold,
+       site, static_cast<Dtype>(dtype), static_cast<Dtype>(parameter_dtype), threads});
+  return 0;
+}
+
+int gelu_forward(Address x, Address bias, Address out, int64_t rows, int64_t columns, bool tanh,
+                 int dtype, int parameter_dtype, int threads) {
+  const bool some = rows > 0 && columns > 0;
+  if (const int broken = first_broken(rows >= 0, columns >= 0, threads >= 1,
+                                      known(dtype, parameter_dtype), !some || (x && out)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  current.kernels->gelu_forward({at(x), at(bias), at(out), rows, columns, tanh,
+                                 static_cast<Dtype>(dtype), static_cast<Dtype>(parameter_dtype),
+                                 threads});
+  return 0;
+}
+
+int gelu_backward(Address dout, Address x, Address bias, Address dx, Address dbias, Address partial,
+                  int64_t rows, int64_t columns, int64_t blocks, bool tanh, int dtype,
+                  int parameter_dtype, int threads) {
+  const bool some = rows > 0 && columns > 0;
+  if (const int broken =
+          first_broken(rows >= 0, columns >= 0, threads >= 1, known(dtype, parameter_dtype),
+                       !some || (dout && x && dx), !bias || (dbias && partial && blocks >= 1)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  current.kernels->gelu_backward({at(dout), at(x), at(bias), at(dx), at(dbias), at<float>(partial),
+                                  rows, columns, blocks, tanh, static_cast<Dtype>(dtype),
+                                  static_cast<Dtype>(parameter_dtype), threads});
+  return 0;
+}
+
+}  // namespace
+}  // namespace bertfast
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace bertfast;
+  const char* forced = std::getenv("BERTFAST_CPU_ISA");
+  if (usable_sets().empty()) throw std::runtime_error("no compiled instruction set runs here");
+  set_isa(forced && *forced ? forced : usable_sets().back().name);
+  m.doc() = "Native CPU kernels over raw pointers; call them through bertfast.ops.";
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : usable_sets()) names.push_back(set.name);
+    return names;
+  });
+  m.def("isa", [] { return std::string(current.name); });
+  m.def("set_isa", &set_isa, "Switches the whole process to another instruction set; for tests.");
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("layernorm_forward", &layernorm_forward);
+  m.def("layernorm_backward", &layernorm_backward);
+  m.def("gelu_forward", &gelu_forward);
+  m.def("gelu_backward", &gelu_backward);
+}

@@ -1,0 +1,101 @@
+// What the binding and the kernels agree on. Every kernel exists once per instruction set, in the
+// namespace of that set (the build defines BERTFAST_ISA); the binding picks one Kernels at run
+// time.
+//
+// Kernel sources keep everything else in anonymous namespaces and instantiate no library templates:
+// a weak symbol compiled for AVX-512 could otherwise be the copy the linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace bertfast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1 };
+
+struct LayernormForward {
+  const void* x;         // (rows, columns)
+  const void* residual;  // (rows, columns) or null
+  const void* weight;    // (columns), parameter_dtype
+  const void* bias;      // (columns), parameter_dtype
+  void* out;             // (rows, columns)
+  void* total;           // (rows, columns): residual + dropout(x), or null: not kept
+  float* statistics;     // (2, rows): mean, rstd
+  const int64_t* seed;   // one element; null without dropout
+  int64_t rows, columns;
+  float eps;
+  uint32_t threshold, site;
+  Dtype dtype, parameter_dtype;
+  int threads;
+};
+
+struct LayernormBackward {
+  const void* dout;         // (rows, columns)
+  const void* total;        // (rows, columns)
+  const void* weight;       // (columns), parameter_dtype
+  const float* statistics;  // (2, rows): mean, rstd
+  void* dx;                 // (rows, columns)
+  void* dresidual;          // (rows, columns), or null: the same as dx, or no residual
+  void* dweight;            // (columns), parameter_dtype
+  void* dbias;              // (columns), parameter_dtype
+  float* partial;           // (blocks, 2, columns): each block's share of dweight and dbias
+  const int64_t* seed;      // one element; null without dropout
+  int64_t rows, columns, blocks;
+  uint32_t threshold, site;
+  Dtype dtype, parameter_dtype;
+  int threads;
+};
+
+struct GeluForward {
+  const void* x;     // (rows, columns)
+  const void* bias;  // (columns), parameter_dtype, or null
+  void* out;         // (rows, columns)
+  int64_t rows, columns;
+  bool tanh;
+  Dtype dtype, parameter_dtype;
+  int threads;
+};
+
+struct GeluBackward {
+  const void* dout;  // (rows, columns)
+  const void* x;     // (rows, columns)
+  const void* bias;  // (columns), parameter_dtype, or null
+  void* dx;          // (rows, columns)
+  void* dbias;       // (columns), parameter_dtype, or null
+  float* partial;    // (blocks, columns): each block's share of dbias; null without bias
+  int64_t rows, columns, blocks;
+  bool tanh;
+  Dtype dtype, parameter_dtype;
+  int threads;
+};
+
+struct Kernels {
+  // False: out of memory.
+  bool (*layernorm_forward)(const LayernormForward&);
+  void (*layernorm_backward)(const LayernormBackward&);
+  void (*gelu_forward)(const GeluForward&);
+  void (*gelu_backward)(const GeluBackward&);
+};
+
+#if defined(BERTFAST_ISA)
+namespace BERTFAST_ISA {
+bool layernorm_forward(const LayernormForward&);
+void layernorm_backward(const LayernormBackward&);
+void gelu_forward(const GeluForward&);
+void gelu_backward(const GeluBackward&);
+}  // namespace BERTFAST_ISA
+#endif
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
+}  // namespace bertfast

@@ -1,0 +1,15 @@
+// The kernels of one instruction set, for the binding to pick from.
+#include "kernels.h"
+
+namespace bertfast {
+namespace BERTFAST_ISA {
+
+const Kernels kernels = {
+    layernorm_forward,
+    layernorm_backward,
+    gelu_forward,
+    gelu_backward,
+};
+
+}  // namespace BERTFAST_ISA
+}  // namespace bertfast

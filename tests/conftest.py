@@ -1,0 +1,165 @@
+"""What holds for every test: where bertfast comes from, which skips are allowed, what is slow.
+
+- No skip goes unseen. Each one is printed with its reason, and one that no line of
+  ``tests/skips.txt`` allows fails the run; the same goes for expected failures.
+- Tests marked ``slow`` are left out unless ``--slow`` is given, and the summary says how many.
+- ``make test`` sets ``BERTFAST_TEST_INSTALLED=1``: importing bertfast from the source tree is then
+  an error.
+- ``import csrc_build`` is the repository's ``csrc/build.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPS = ROOT / "tests" / "skips.txt"
+
+
+def _load_csrc_build() -> None:
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["csrc_build"] = module
+    spec.loader.exec_module(module)
+
+
+_load_csrc_build()
+
+try:
+    from hypothesis import settings
+except ImportError:
+    pass
+else:
+    # CI draws the same examples every time. On a busy machine a time limit says nothing.
+    settings.register_profile("bertfast", deadline=None)
+    settings.register_profile("ci", deadline=None, derandomize=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "bertfast")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    import bertfast
+
+    where = Path(str(bertfast.__file__)).resolve().parent
+    if os.environ.get("BERTFAST_TEST_INSTALLED") == "1" and where == ROOT / "bertfast":
+        raise pytest.UsageError(
+            f"bertfast was imported from the source tree ({where}), but the installed package is "
+            "what is to be tested; run `make test`"
+        )
+    try:
+        from bertfast import _cpu  # type: ignore[attr-defined]
+
+        kernels = f"CPU kernels {_cpu.isa()} of {', '.join(_cpu.isas())}"
+    except Exception as error:
+        kernels = f"no CPU kernels: {error}"
+    return [f"bertfast: {bertfast.__version__} from {where}; {kernels}"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        config.stash[_LEFT_OUT] = Counter(item.nodeid.partition("::")[0] for item in slow)
+
+
+_LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+class SkipPolicy:
+    """Collects what was skipped, and holds it against the allowed patterns."""
+
+    def __init__(self, allowed: list[tuple[re.Pattern[str], re.Pattern[str]]]) -> None:
+        self.allowed = allowed
+        self.seen: list[tuple[str, str]] = []  # node id, reason
+
+    @staticmethod
+    def parse(text: str, source: str) -> SkipPolicy:
+        allowed = []
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            node, separator, reason = line.partition(": ")
+            if not separator or not reason.strip():
+                raise pytest.UsageError(
+                    f"{source}:{number}: expected 'nodeid-pattern: reason', got {line!r}"
+                )
+            allowed.append((_wildcard(node), _wildcard(reason.strip())))
+        return SkipPolicy(allowed)
+
+    def allows(self, node: str, reason: str) -> bool:
+        return any(n.fullmatch(node) and r.fullmatch(reason) for n, r in self.allowed)
+
+    def unlisted(self) -> list[tuple[str, str]]:
+        return [skip for skip in self.seen if not self.allows(*skip)]
+
+    def note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.outcome != "skipped":
+            return
+        expected_failure = getattr(report, "wasxfail", None)
+        if expected_failure is not None:
+            reason = f"xfail: {expected_failure.removeprefix('reason: ')}"
+        elif isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+        else:
+            reason = str(report.longrepr)
+        self.seen.append((report.nodeid, " ".join(reason.split())))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.note(report)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus == pytest.ExitCode.OK and self.unlisted():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, config: pytest.Config
+    ) -> None:
+        unlisted = self.unlisted()
+        if self.seen:
+            terminalreporter.section("skipped, and why")
+            for (node, reason), count in Counter(self.seen).items():
+                times = f" ({count} times)" if count > 1 else ""
+                bad = not self.allows(node, reason)
+                mark = "NOT ALLOWED " if bad else ""
+                terminalreporter.write_line(f"{mark}{node}: {reason}{times}", red=bad)
+        if unlisted:
+            terminalreporter.write_line(
+                f"{len(unlisted)} of these match no line of tests/skips.txt: the run fails.",
+                red=True,
+                bold=True,
+            )
+        left_out = config.stash.get(_LEFT_OUT, None)
+        if left_out:
+            terminalreporter.section("slow tests left out (--slow runs them)")
+            for path, count in sorted(left_out.items()):
+                terminalreporter.write_line(f"{path}: {count}")
+
+
+def _wildcard(pattern: str) -> re.Pattern[str]:
+    """``*`` stands for anything; the brackets of a parametrised node id stand for themselves."""
+    return re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    text = SKIPS.read_text() if SKIPS.is_file() else ""
+    config.pluginmanager.register(SkipPolicy.parse(text, "tests/skips.txt"), "bertfast-skips")

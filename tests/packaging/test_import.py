@@ -1,0 +1,68 @@
+"""What importing bertfast does and does not, and which CPU kernels it takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bertfast import _cpu
+
+from .conftest import run
+
+
+def evaluate(code: str, tmp_path: Path, **environment: str) -> object:
+    done = run(sys.executable, "-c", code, cwd=tmp_path, **environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_loads_nothing_optional_and_touches_no_gpu(tmp_path: Path) -> None:
+    loaded = evaluate(
+        "import json, sys\n"
+        "import bertfast\n"
+        "bare = sorted(sys.modules)\n"
+        "for name in bertfast.__all__:\n"
+        "    if name not in ('data', 'tasks', 'training'):\n"
+        "        getattr(bertfast, name)\n"
+        "import torch\n"
+        "print(json.dumps([bare, sorted(sys.modules), torch.cuda.is_initialized()]))",
+        tmp_path,
+    )
+    bare, full, gpu = loaded
+    optional = {"transformers", "triton", "sentence_transformers", "pytest", "hypothesis"}
+    assert optional & set(bare) == set()
+    assert optional & set(full) == set()
+    # The bare import is instant: what is heavy comes with the first name that needs it.
+    assert {"torch", "numpy", "tokenizers"} & set(bare) == set()
+    assert gpu is False
+
+
+ISA = "import json; from bertfast import _cpu; print(json.dumps(_cpu.isa()))"
+
+
+def test_the_best_instruction_set_runs_by_default(tmp_path: Path) -> None:
+    assert evaluate(ISA, tmp_path) == _cpu.isas()[-1]
+
+
+@pytest.mark.parametrize("name", _cpu.isas())
+def test_an_instruction_set_can_be_forced(name: str, tmp_path: Path) -> None:
+    assert evaluate(ISA, tmp_path, BERTFAST_CPU_ISA=name) == name
+
+
+def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
+    done = run(sys.executable, "-c", ISA, cwd=tmp_path, check=False, BERTFAST_CPU_ISA="avx1024")
+    assert done.returncode == 1  # an exception, not a crash
+    last = done.stdout.strip().splitlines()[-1]
+    for part in ("BERTFAST_CPU_ISA", "avx1024", "baseline"):
+        assert part in last
+    # `bertfast env` is what one runs then: it must answer and repeat the message.
+    done = run(
+        sys.executable, "-m", "bertfast", "env", "--json", cwd=tmp_path, check=False,
+        BERTFAST_CPU_ISA="avx1024",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    information = json.loads(done.stdout[done.stdout.index("{") :])
+    assert "avx1024" in information["kernels"]["error"]
+    assert information["environment"]["BERTFAST_CPU_ISA"] == "avx1024"
