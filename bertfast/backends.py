@@ -1,0 +1,179 @@
+"""Which implementation of an op runs, and why.
+
+The choice, strongest first: the op's ``backend=`` argument, an enclosing ``with backend(name):``,
+the environment variable ``BERTFAST_BACKEND`` (read once, at import), and otherwise the first
+entry of the op's row in :data:`TABLE` that supports the input.
+"""
+
+import importlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bertfast.errors import BackendError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Op word -> its backends, in the order automatic choice tries them. ``bertfast/kernels/<backend>/
+# <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
+TABLE: dict[str, tuple[str, ...]] = {
+    "attention": ("reference",),
+    "layernorm": ("cpu", "reference"),
+    "gelu": ("cpu", "reference"),
+    "embedding": ("reference",),
+    "cross_entropy": ("reference",),
+    "dropout": ("reference",),
+}
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("BERTFAST_BACKEND", "").strip()
+    return _check_name(name, "BERTFAST_BACKEND") if name not in ("", "auto") else None
+
+
+class _ThreadChoice(threading.local):
+    # Not a ContextVar: torch.compile cannot trace one in a full graph.
+    name: str | None = None
+
+
+_environment = _from_environment()
+_thread = _ThreadChoice()
+_warned: set[str] = set()
+_modules: dict[tuple[str, str], ModuleType] = {}
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run the ops inside the ``with`` block, in this thread, on the backend ``name``.
+
+    ``None`` gives back the automatic choice. A backward pass always runs on the backend of its
+    forward, wherever it is called from.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        BackendError: (from the op inside) the backend has no kernel for the op, or the kernel
+            cannot run on its input.
+    """
+    if name is not None:
+        _check_name(name, "backend")
+    before = _thread.name
+    _thread.name = name if name is not None else "auto"
+    try:
+        yield
+    finally:
+        _thread.name = before
+
+
+def kernel(word: str, name: str) -> ModuleType:
+    """The module that implements op ``word`` on backend ``name``."""
+    try:
+        return _modules[word, name]
+    except KeyError:
+        module = importlib.import_module(f"bertfast.kernels.{name}.{word}")
+        return _modules.setdefault((word, name), module)
+
+
+def choose(word: str, x: Tensor, requested: str | None = None) -> str:
+    """The backend that runs op ``word`` on the main input ``x``.
+
+    Raises:
+        ValueError: ``requested`` is no backend.
+        BackendError: the backend was asked for by name and cannot run this.
+    """
+    if requested is not None:
+        _check_name(requested, "backend")
+        return _insist(word, x, requested)
+    ambient = current()
+    if ambient is not None:
+        return _insist(word, x, ambient)
+    for name in TABLE[word]:
+        if kernel(word, name).supports(x) is None:
+            if name == "reference" and x.is_cuda:
+                _warn_fallback(word, x)
+            return name
+    raise BackendError(f"{word}: no backend supports {x.dtype} on {x.device}")
+
+
+def current() -> str | None:
+    """What ``with backend(...)`` or the environment asks for; None leaves it to the input."""
+    name = _thread.name if _thread.name is not None else _environment
+    return None if name == "auto" else name
+
+
+def _insist(word: str, x: Tensor, name: str) -> str:
+    if name not in TABLE[word]:
+        raise BackendError(
+            f"{word}: backend {name!r} has no kernel for it; it has {', '.join(TABLE[word])}"
+        )
+    reason = kernel(word, name).supports(x)
+    if reason is not None:
+        raise BackendError(f"{word}: backend {name!r} cannot run: {reason}")
+    return name
+
+
+def _warn_fallback(word: str, x: Tensor) -> None:
+    if word not in _warned and not torch.compiler.is_compiling():
+        _warned.add(word)
+        warnings.warn(
+            f"bertfast: {word} runs on the plain-torch reference on {x.device} ({x.dtype}); "
+            "bertfast.explain() says why",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One row of :func:`explain`: what op ``op`` runs on, and why not on the others."""
+
+    op: str
+    backend: str | None
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def explain(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> list[Explanation]:
+    """For each op, the backend that would run it now, and the reason for each one passed over.
+
+    Args:
+        device: where the inputs would be; the first CUDA device if there is one, else the CPU.
+        dtype: the inputs' dtype.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # 64 is an ordinary head dim and hidden size, so it stands for inputs in general.
+    x = torch.empty(1, 1, 64, device=device, dtype=dtype)
+    ambient = current()
+    rows = []
+    for word, names in TABLE.items():
+        chosen: str | None = None
+        passed_over: dict[str, str] = {}
+        for name in BACKENDS:
+            if name not in names:
+                passed_over[name] = "has no kernel for this op"
+        for name in names:
+            reason = kernel(word, name).supports(x)
+            if reason is None and ambient is not None and name != ambient:
+                reason = f"backend {ambient!r} was asked for"
+            if reason is not None:
+                passed_over[name] = reason
+            elif chosen is None:
+                chosen = name
+            else:
+                passed_over[name] = f"{chosen!r} comes first"
+        rows.append(Explanation(word, chosen, passed_over))
+    return rows

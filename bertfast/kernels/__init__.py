@@ -1,0 +1,1 @@
+"""``kernels/<backend>/<word>.py``: ``supports``, ``forward``, ``backward`` of one op."""

@@ -1,0 +1,72 @@
+"""gelu on the CPU: ``csrc/cpu/gelu.cpp``."""
+
+import torch
+from torch import Tensor
+
+from bertfast.kernels import cpu
+from bertfast.kernels.cpu import address, check_launch, dtype_code
+
+
+def supports(x: Tensor) -> str | None:
+    return cpu.unsupported(x)
+
+
+def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Rows and columns; without a bias the rows' ends mean nothing, and all is one row."""
+    if bias is None:
+        return 1, x.numel()
+    return x.numel() // bias.shape[0] if bias.shape[0] else 0, bias.shape[0]
+
+
+def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty_like(x)
+    rows, columns = _shape(x, bias)
+    status = cpu.library().gelu_forward(
+        x.data_ptr(),
+        address(bias),
+        out.data_ptr(),
+        rows,
+        columns,
+        approximate == "tanh",
+        dtype_code(x),
+        0 if bias is None else dtype_code(bias),
+        torch.get_num_threads(),
+    )
+    if status:
+        check_launch(status, "gelu_forward", rows=rows, columns=columns, dtype=x.dtype)
+    return out
+
+
+def backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    dout, x = dout.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    rows, columns = _shape(x, bias)
+    blocks = cpu.row_blocks(rows)
+    if bias is None:
+        partial, dbias = None, x.new_empty(0)
+    else:
+        bias = bias.contiguous()
+        partial = torch.empty(blocks * columns, dtype=torch.float32)
+        dbias = torch.empty_like(bias)
+    status = cpu.library().gelu_backward(
+        dout.data_ptr(),
+        x.data_ptr(),
+        address(bias),
+        dx.data_ptr(),
+        address(dbias),
+        address(partial),
+        rows,
+        columns,
+        blocks,
+        approximate == "tanh",
+        dtype_code(x),
+        0 if bias is None else dtype_code(bias),
+        torch.get_num_threads(),
+    )
+    if status:
+        check_launch(status, "gelu_backward", rows=rows, columns=columns, dtype=x.dtype)
+    return dx, dbias

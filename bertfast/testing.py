@@ -1,0 +1,789 @@
+"""The gate rule and the case grids, for tests and benchmarks alike.
+
+A kernel passes its gate when it is no worse than eager torch in the same dtype, both measured
+against the reference in float64 on the same rounded inputs and with the same dropout mask
+(:func:`assert_no_worse`). A :class:`Case` is one op on one input; :func:`run_gate` holds its output
+and every gradient to the rule. New backends and new ops join by their word: :data:`CASES`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bertfast import ops
+from bertfast.backends import TABLE
+from bertfast.kernels import cpu
+from bertfast.ops.dropout import (
+    attention_keep_mask,
+    dropout_scale,
+    dropout_threshold,
+    keep_mask,
+)
+
+# err <= factor * err_baseline + roundings * eps(dtype) * scale. They live here and nowhere else.
+_FACTOR = {"forward": 2.0, "backward": 3.0, "model": 4.0}
+_ROUNDINGS = {"forward": 2.0, "backward": 4.0, "model": 4.0}
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """One comparison: its name and how much of the allowed error it used (1 is the limit)."""
+
+    name: str
+    ratio: float
+
+
+gate_records: list[GateRecord] = []
+
+
+def assert_no_worse(
+    out: Tensor, reference: Tensor, baseline: Tensor, *, kind: str, name: str
+) -> float:
+    """Hold ``out`` to the gate rule: the largest and the RMS error, against the float64 reference.
+
+    Args:
+        out: what the kernel gave.
+        reference: the same in float64.
+        baseline: the same from eager torch in ``out``'s dtype.
+        kind: ``"forward"``, ``"backward"`` or ``"model"``.
+        name: for the message and the record.
+
+    Returns:
+        The share of the allowed error that was used.
+
+    Raises:
+        AssertionError: another shape or dtype, a value that is not finite, or too large an error.
+    """
+    assert out.shape == reference.shape, f"{name}: shape {out.shape}, expected {reference.shape}"
+    assert out.dtype == baseline.dtype, f"{name}: dtype {out.dtype}, expected {baseline.dtype}"
+    assert bool(out.isfinite().all()), f"{name}: {int((~out.isfinite()).sum())} values not finite"
+    if out.numel() == 0:
+        return 0.0
+    reference = reference.double()
+    worst = 0.0
+    for norm_name, norm in (("max", _largest), ("rms", _rms)):
+        error = norm(out.double() - reference)
+        allowed = _FACTOR[kind] * norm(baseline.double() - reference)
+        allowed += _ROUNDINGS[kind] * torch.finfo(out.dtype).eps * norm(reference)
+        ratio = error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+        worst = max(worst, ratio)
+        assert ratio <= 1.0, (
+            f"{name}: {norm_name} error {error:.3g} is {ratio:.3g} of the allowed {allowed:.3g}"
+        )
+    print(f"gate {name}: {worst:.3f} of the allowed error")
+    gate_records.append(GateRecord(name, worst))
+    return worst
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Every ``torch.empty`` comes filled with NaN, so that an element nobody writes is seen."""
+    settings: Any = torch.utils.deterministic
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+class KernelOnly(TorchDispatchMode):
+    """Inside, torch may allocate, view and copy; anything else is an AssertionError.
+
+    A kernel that leaned on torch for arithmetic would be no kernel.
+    """
+
+    allowed = frozenset(
+        [
+            *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+            *("zeros", "zeros_like", "new_zeros", "zero_"),
+            *("view", "_unsafe_view", "reshape", "as_strided", "slice", "select", "unbind"),
+            *("narrow", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "split"),
+            *("split_with_sizes", "detach", "alias"),
+            *("clone", "copy_", "contiguous", "_to_copy"),
+        ]
+    )
+
+    def __init__(self, *also: str) -> None:
+        super().__init__()
+        self.names = self.allowed | set(also)
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        self.seen.append(name)
+        assert namespace == "aten" and name in self.names, f"a kernel dispatched {func}"
+        return func(*args, **(kwargs or {}))
+
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input.
+
+    Attributes:
+        word: the op.
+        name: which case it is, readable in a test's id.
+        make: the inputs; floating ones in float64.
+        op: calls the op: ``op(tensors, backend)``.
+        eager: the same in plain eager torch, in the tensors' dtype.
+        parameters: names of inputs that may stay float32 under lower-precision activations.
+        grads: names of inputs to differentiate.
+        upstream: layout of the incoming gradient: contiguous, expanded, sliced or transposed.
+    """
+
+    word: str
+    name: str
+    make: Callable[[torch.Generator], Tensors]
+    op: Callable[[Tensors, str | None], Tensor]
+    eager: Callable[[Tensors], Tensor]
+    grads: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    upstream: str = "contiguous"
+
+    def __str__(self) -> str:
+        return f"{self.word}-{self.name}"
+
+    def inputs(
+        self, dtype: torch.dtype, *, mixed: bool = False, device: str = "cpu", seed: int = 0
+    ) -> Tensors:
+        """The inputs in ``dtype``; with ``mixed`` the parameters in float32. Layouts are kept."""
+        made = self.make(torch.Generator().manual_seed(seed))
+        result = {}
+        for name, value in made.items():
+            if value.is_floating_point():
+                to = torch.float32 if mixed and name in self.parameters else dtype
+                value = _cast(value, to)
+            result[name] = value.to(device)
+        return result
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype`` with its strides, whatever they are."""
+    if not x.is_contiguous() and x._base is not None:
+        return x._base.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+    return x.to(dtype)
+
+
+def upstream_gradient(out: Tensor, layout: str, seed: int = 1) -> Tensor:
+    """A random gradient of ``out``'s shape and dtype, in the layout that was asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = tuple(out.shape)
+    if layout == "expanded":  # stride 0, as from .sum().backward()
+        dout = torch.randn(shape[-1:], generator=generator, dtype=torch.float64).expand(shape)
+    elif layout == "sliced":
+        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator, dtype=torch.float64)
+        dout = wide[..., ::2]
+    elif layout == "transposed":
+        turned = torch.randn(tuple(reversed(shape)), generator=generator, dtype=torch.float64)
+        dout = turned.permute(*reversed(range(len(shape))))
+    else:
+        dout = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return dout.to(device=out.device, dtype=out.dtype)
+
+
+def run_gate(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    *,
+    mixed: bool = False,
+    device: str = "cpu",
+    apply: Callable[[Tensors, str | None], Tensor] | None = None,
+) -> None:
+    """Hold one case's output and gradients, on one backend in one dtype, to the gate rule.
+
+    Args:
+        apply: stands in for ``case.op``, for example its compiled form.
+    """
+    label = f"{backend}.{case}-{str(dtype).removeprefix('torch.')}{'-mixed' if mixed else ''}"
+    expected = _expected(case, dtype, mixed, device)
+    op = apply or case.op
+    with poisoned_allocations():
+        out, grads = _run(lambda t: op(t, backend), expected.given, case, expected.dout)
+    reference, reference_grads = expected.reference
+    baseline, baseline_grads = expected.baseline
+    assert_no_worse(out, reference, baseline, kind="forward", name=f"{label}.out")
+    for name, grad in grads.items():
+        assert_no_worse(
+            grad,
+            reference_grads[name],
+            baseline_grads[name],
+            kind="backward",
+            name=f"{label}.d{name}",
+        )
+
+
+@dataclass(frozen=True)
+class _Expected:
+    given: Tensors
+    dout: Tensor
+    reference: tuple[Tensor, Tensors]
+    baseline: tuple[Tensor, Tensors]
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(case: Case, dtype: torch.dtype, mixed: bool, device: str) -> _Expected:
+    """A case's rounded inputs, and what the float64 reference and eager torch make of them."""
+    given = case.inputs(dtype, mixed=mixed, device=device)
+    with torch.no_grad():
+        dout = upstream_gradient(case.eager(given), case.upstream)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+    reference = _run(lambda t: case.op(t, "reference"), wide, case, dout.double())
+    return _Expected(given, dout, reference, _run(case.eager, given, case, dout))
+
+
+def _run(
+    call: Callable[[Tensors], Tensor], given: Tensors, case: Case, dout: Tensor
+) -> tuple[Tensor, Tensors]:
+    tensors = dict(given)
+    for name in case.grads:
+        tensors[name] = given[name].detach().requires_grad_()
+    out = call(tensors)
+    wanted = [tensors[name] for name in case.grads]
+    grads = torch.autograd.grad(out, wanted, dout, materialize_grads=True)
+    return out.detach(), dict(zip(case.grads, grads, strict=True))
+
+
+SEED = 0x123456789ABCDEF
+
+
+def seed_tensor(value: int = SEED) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64)
+
+
+def apply_keep_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+    """Eager dropout of rows with the shared mask, in ``x``'s dtype."""
+    threshold = dropout_threshold(p)
+    if threshold == 0:
+        return x
+    rows = torch.arange(x.numel() // x.shape[-1], device=x.device)
+    keep = keep_mask(seed.to(x.device), site, rows, x.shape[-1], threshold)
+    # where, not a product: a dropped infinity is 0, not NaN.
+    return torch.where(keep.reshape(x.shape), x * dropout_scale(threshold), 0.0)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` as a view of the given layout, surrounded by NaN where there is room."""
+    if layout == "sliced":
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), float("nan"), dtype=x.dtype)
+        view = wide[..., 2 : 2 + x.shape[-1]]
+        view.copy_(x)
+        return view
+    if layout == "transposed":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    return x
+
+
+# Rows x columns and why the shape is in the list.
+ROW_SHAPES: dict[str, tuple[int, int]] = {
+    "empty": (0, 24),
+    "one_token": (1, 768),
+    "one_column": (5, 1),
+    "under_a_vector": (3, 7),
+    "one_vector_and_one": (9, 17),
+    "odd": (37, 101),
+    "several_blocks": (133, 64),
+    # Shared between two threads in the middle of a row.
+    "two_threads": (71, 515),
+    "piece_and_tail": (6, 1030),
+    "base": (64, 768),
+    "ffn": (20, 3072),
+    "long_row": (3, 4999),
+}
+
+
+def layernorm_case(
+    rows: int,
+    columns: int,
+    *,
+    name: str,
+    dropout_p: float = 0.0,
+    residual: bool = True,
+    mean: float = 0.0,
+    layout: str = "contiguous",
+    upstream: str = "contiguous",
+    spread: float = 1.0,
+) -> Case:
+    """``layernorm`` on ``(rows, columns)`` values around ``mean``."""
+    site, eps = 5, 1e-12
+
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {
+            "x": _laid_out(mean + spread * _normal(generator, rows, columns), layout),
+            "weight": 1.0 + 0.5 * _normal(generator, columns),
+            "bias": _normal(generator, columns),
+            "seed": seed_tensor(),
+        }
+        if residual:
+            tensors["residual"] = _laid_out(spread * _normal(generator, rows, columns), layout)
+        return tensors
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        return ops.layernorm(
+            t["x"],
+            t["weight"],
+            t["bias"],
+            eps,
+            residual=t.get("residual"),
+            dropout_p=dropout_p,
+            seed=t["seed"],
+            site=site,
+            backend=backend,
+        )
+
+    def eager(t: Tensors) -> Tensor:
+        total = apply_keep_mask(t["x"], dropout_p, t["seed"], site)
+        if residual:
+            total = t["residual"] + total
+        weight, bias = t["weight"].to(total.dtype), t["bias"].to(total.dtype)
+        return F.layer_norm(total, (columns,), weight, bias, eps)
+
+    grads = ("x", "weight", "bias", "residual") if residual else ("x", "weight", "bias")
+    return Case("layernorm", name, make, op, eager, grads, ("weight", "bias"), upstream)
+
+
+def gelu_case(
+    rows: int,
+    columns: int,
+    *,
+    name: str,
+    approximate: str = "none",
+    bias: bool = True,
+    layout: str = "contiguous",
+    upstream: str = "contiguous",
+    spread: float = 2.0,
+) -> Case:
+    """``gelu`` on ``(rows, columns)``; a spread of 2 reaches well into both tails."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {"x": _laid_out(spread * _normal(generator, rows, columns), layout)}
+        if bias:
+            tensors["bias"] = _normal(generator, columns)
+        return tensors
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        return ops.gelu(t["x"], t.get("bias"), approximate=approximate, backend=backend)
+
+    def eager(t: Tensors) -> Tensor:
+        z = t["x"] + t["bias"].to(t["x"].dtype) if bias else t["x"]
+        return F.gelu(z, approximate=approximate)
+
+    grads = ("x", "bias") if bias else ("x",)
+    return Case("gelu", name, make, op, eager, grads, ("bias",), upstream)
+
+
+def dropout_case(
+    rows: int, columns: int, *, name: str, p: float = 0.1, layout: str = "contiguous"
+) -> Case:
+    """``dropout`` on ``(rows, columns)``."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        return {
+            "x": _laid_out(_normal(generator, rows, columns), layout),
+            "seed": seed_tensor(),
+        }
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        return ops.dropout(t["x"], p, seed=t["seed"], site=0xFFFF0001, backend=backend)
+
+    def eager(t: Tensors) -> Tensor:
+        return apply_keep_mask(t["x"], p, t["seed"], 0xFFFF0001)
+
+    return Case("dropout", name, make, op, eager, ("x",))
+
+
+def embedding_case(
+    tokens: int,
+    columns: int,
+    *,
+    name: str,
+    vocabulary: int = 50,
+    dropout_p: float = 0.0,
+    token_types: bool = True,
+    padding_idx: int | None = None,
+    upstream: str = "contiguous",
+) -> Case:
+    """``embedding`` of ``tokens`` ids, many of them the same."""
+    site, eps, positions = 0, 1e-12, 40
+
+    def make(generator: torch.Generator) -> Tensors:
+        tensors = {
+            "input_ids": torch.randint(vocabulary, (tokens,), generator=generator),
+            "position_ids": torch.randint(positions, (tokens,), generator=generator),
+            "word": _normal(generator, vocabulary, columns),
+            "position": _normal(generator, positions, columns),
+            "weight": 1.0 + 0.5 * _normal(generator, columns),
+            "bias": _normal(generator, columns),
+            "seed": seed_tensor(),
+        }
+        if token_types:
+            tensors["token_type_ids"] = torch.randint(2, (tokens,), generator=generator)
+            tensors["token_type"] = _normal(generator, 2, columns)
+        return tensors
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        return ops.embedding(
+            t["input_ids"],
+            t.get("token_type_ids"),
+            t["position_ids"],
+            t["word"],
+            t.get("token_type"),
+            t["position"],
+            t["weight"],
+            t["bias"],
+            eps,
+            padding_idx=padding_idx,
+            dropout_p=dropout_p,
+            seed=t["seed"],
+            site=site,
+            backend=backend,
+        )
+
+    def eager(t: Tensors) -> Tensor:
+        total = F.embedding(t["input_ids"], t["word"], padding_idx)
+        total = total + F.embedding(t["position_ids"], t["position"])
+        if token_types:
+            total = total + F.embedding(t["token_type_ids"], t["token_type"])
+        weight, bias = t["weight"].to(total.dtype), t["bias"].to(total.dtype)
+        y = F.layer_norm(total, (columns,), weight, bias, eps)
+        return apply_keep_mask(y, dropout_p, t["seed"], site)
+
+    grads = ("word", "position", "weight", "bias", *(("token_type",) if token_types else ()))
+    return Case("embedding", name, make, op, eager, grads, ("weight", "bias"), upstream)
+
+
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
+    """int32 ``(batch + 1,)`` from the lengths of the sequences."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def attention_case(
+    lengths: Sequence[int],
+    heads: int,
+    head_dim: int,
+    *,
+    name: str,
+    key_lengths: Sequence[int] | None = None,
+    storage: int = 0,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    packed: bool = False,
+    upstream: str = "contiguous",
+    spread: float = 1.0,
+) -> Case:
+    """``attention`` (or ``attention_qkvpacked``) with ``storage`` poisoned rows behind the last
+    sequence."""
+    site = 4
+    cross = key_lengths is not None
+    k_lengths = list(key_lengths) if key_lengths is not None else list(lengths)
+    longest_q, longest_k = max(lengths, default=0), max(k_lengths, default=0)
+    factor = head_dim**-0.5 if scale is None else scale
+
+    def make(generator: torch.Generator) -> Tensors:
+        def tokens(count: int, *inner: int) -> Tensor:
+            x = spread * _normal(generator, count + storage, *inner, heads, head_dim)
+            x[count:] = float("nan")
+            return x
+
+        tensors = {"seed": seed_tensor(), "cu_seqlens_q": cu_seqlens_of(lengths)}
+        if packed:
+            return {**tensors, "qkv": tokens(sum(lengths), 3)}
+        for letter in "qkv":
+            tensors[letter] = tokens(sum(lengths if letter == "q" else k_lengths))
+        if cross:
+            tensors["cu_seqlens_k"] = cu_seqlens_of(k_lengths)
+        return tensors
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        options: dict[str, Any] = {
+            "scale": scale,
+            "causal": causal,
+            "dropout_p": dropout_p,
+            "seed": t["seed"],
+            "site": site,
+            "backend": backend,
+        }
+        if packed:
+            return ops.attention_qkvpacked(
+                t["qkv"], cu_seqlens=t["cu_seqlens_q"], max_seqlen=longest_q, **options
+            )
+        return ops.attention(
+            t["q"],
+            t["k"],
+            t["v"],
+            cu_seqlens_q=t["cu_seqlens_q"],
+            cu_seqlens_k=t.get("cu_seqlens_k"),
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k if cross else None,
+            **options,
+        )
+
+    def eager(t: Tensors) -> Tensor:
+        q, k, v = t["qkv"].unbind(1) if packed else (t["q"], t["k"], t["v"])
+        # Starting with no rows of each keeps the graph connected when there is no sequence.
+        pieces, start_q, start_k = [q[:0] + k[:0] + v[:0]], 0, 0
+        for sq, sk in zip(lengths, k_lengths, strict=True):
+            rows = torch.arange(start_q, start_q + sq, device=q.device)
+            qi, ki, vi = (
+                x[start : start + size].transpose(0, 1)
+                for x, start, size in ((q, start_q, sq), (k, start_k, sk), (v, start_k, sk))
+            )
+            scores = (qi @ ki.transpose(1, 2)) * factor
+            if causal:
+                visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(sk - sq)
+                scores = scores.masked_fill(~visible, float("-inf"))
+                unseeing = ~visible.any(-1, keepdim=True)
+                scores = scores.masked_fill(unseeing, 0.0)
+                p = scores.softmax(-1).masked_fill(unseeing, 0.0)
+            else:
+                p = scores.softmax(-1)
+            threshold = dropout_threshold(dropout_p)
+            if threshold:
+                numbers = (rows * heads + torch.arange(heads, device=q.device)[:, None]).flatten()
+                keep = attention_keep_mask(t["seed"], site, numbers, sk, threshold)
+                p = p * keep.reshape(heads, sq, sk) * dropout_scale(threshold)
+            pieces.append((p.to(vi.dtype) @ vi).transpose(0, 1))
+            start_q, start_k = start_q + sq, start_k + sk
+        if storage:
+            pieces.append(q.new_zeros(storage, heads, head_dim))
+        return torch.cat(pieces)
+
+    grads = ("qkv",) if packed else ("q", "k", "v")
+    word = "attention"
+    return Case(word, name, make, op, eager, grads, (), upstream)
+
+
+def cross_entropy_case(
+    tokens: int,
+    columns: int,
+    vocabulary: int,
+    *,
+    name: str,
+    labelled: float = 0.5,
+    bias: bool = True,
+    reduction: str = "mean",
+    spread: float = 1.0,
+) -> Case:
+    """``cross_entropy`` with a share ``labelled`` of the tokens labelled."""
+
+    def make(generator: torch.Generator) -> Tensors:
+        labels = torch.randint(vocabulary, (tokens,), generator=generator)
+        ignored = torch.rand(tokens, generator=generator) >= labelled
+        tensors = {
+            "hidden": spread * _normal(generator, tokens, columns),
+            "weight": _normal(generator, vocabulary, columns) * columns**-0.5,
+            "labels": labels.masked_fill(ignored, -100),
+        }
+        if bias:
+            tensors["bias"] = _normal(generator, vocabulary)
+        return tensors
+
+    def op(t: Tensors, backend: str | None) -> Tensor:
+        return ops.cross_entropy(
+            t["hidden"],
+            t["weight"],
+            t.get("bias"),
+            t["labels"],
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def eager(t: Tensors) -> Tensor:
+        weight = t["weight"].to(t["hidden"].dtype)
+        logits = F.linear(t["hidden"], weight, t["bias"].to(weight.dtype) if bias else None)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, t["labels"], reduction="sum")
+        count = int((t["labels"] != -100).sum())
+        return loss / max(count, 1) if reduction == "mean" else loss
+
+    grads = ("hidden", "weight", *(("bias",) if bias else ()))
+    return Case("cross_entropy", name, make, op, eager, grads, ("weight", "bias"))
+
+
+def _layernorm_cases() -> list[Case]:
+    cases = [
+        layernorm_case(*shape, name=f"{name}-p{p}", dropout_p=p)
+        for name, shape in ROW_SHAPES.items()
+        for p in (0.0, 0.1)
+    ]
+    return [
+        *cases,
+        layernorm_case(37, 101, name="plain", residual=False),
+        layernorm_case(37, 101, name="no_residual-p0.5", residual=False, dropout_p=0.5),
+        layernorm_case(37, 101, name="p1", dropout_p=1.0),
+        # A mean that dwarfs the spread: mean(x^2) - mean(x)^2 would have no digit left.
+        layernorm_case(20, 768, name="large_mean", mean=300.0, residual=False),
+        layernorm_case(20, 768, name="large_values", spread=1e4),
+        layernorm_case(37, 101, name="sliced", layout="sliced", upstream="sliced"),
+        layernorm_case(37, 101, name="transposed", layout="transposed", upstream="transposed"),
+        layernorm_case(70, 515, name="expanded", upstream="expanded", dropout_p=0.1),
+    ]
+
+
+def _gelu_cases() -> list[Case]:
+    cases = [
+        gelu_case(*shape, name=f"{name}-{approximate}", approximate=approximate)
+        for name, shape in ROW_SHAPES.items()
+        for approximate in ("none", "tanh")
+    ]
+    return [
+        *cases,
+        gelu_case(37, 101, name="no_bias", bias=False),
+        gelu_case(37, 101, name="no_bias-tanh", bias=False, approximate="tanh"),
+        gelu_case(400, 101, name="no_bias-two_threads", bias=False),
+        gelu_case(37, 101, name="tails", spread=8.0),
+        gelu_case(37, 101, name="tails-tanh", spread=8.0, approximate="tanh"),
+        gelu_case(37, 101, name="small", spread=1e-3, bias=False),
+        gelu_case(37, 101, name="sliced", layout="sliced", upstream="sliced"),
+        gelu_case(37, 101, name="transposed", layout="transposed", upstream="transposed"),
+        gelu_case(70, 515, name="expanded", upstream="expanded"),
+    ]
+
+
+def _dropout_cases() -> list[Case]:
+    return [
+        *(dropout_case(*shape, name=name) for name, shape in ROW_SHAPES.items()),
+        dropout_case(37, 101, name="p0.5", p=0.5),
+        dropout_case(37, 101, name="p1", p=1.0),
+        dropout_case(37, 101, name="sliced", layout="sliced"),
+    ]
+
+
+def _embedding_cases() -> list[Case]:
+    return [
+        embedding_case(0, 24, name="empty"),
+        embedding_case(1, 24, name="one_token"),
+        embedding_case(37, 1, name="one_column"),
+        embedding_case(300, 101, name="repeated_ids", dropout_p=0.1),
+        embedding_case(60, 768, name="base", vocabulary=1000, padding_idx=0, dropout_p=0.1),
+        embedding_case(37, 24, name="no_token_types", token_types=False),
+        embedding_case(37, 24, name="padding_idx", padding_idx=3, vocabulary=5),
+        embedding_case(37, 24, name="p1", dropout_p=1.0),
+        embedding_case(37, 24, name="expanded", upstream="expanded"),
+        embedding_case(37, 24, name="transposed", upstream="transposed"),
+    ]
+
+
+def _attention_cases() -> list[Case]:
+    return [
+        attention_case([], 2, 8, name="no_sequence"),
+        attention_case([], 2, 8, name="no_sequence-storage", storage=3),
+        attention_case([1], 1, 1, name="one_token"),
+        attention_case([0, 3, 0], 2, 4, name="zero_lengths"),
+        attention_case([5, 1, 17], 3, 5, name="odd", storage=4, dropout_p=0.1),
+        attention_case([63, 64, 65], 2, 16, name="around_a_block", dropout_p=0.1),
+        attention_case([130, 7], 2, 64, name="several_blocks", packed=True, dropout_p=0.5),
+        attention_case([12, 30], 12, 64, name="base", packed=True, storage=2),
+        attention_case([9], 1, 256, name="widest_head"),
+        attention_case([5, 8], 2, 8, name="cross", key_lengths=[9, 3], dropout_p=0.1),
+        attention_case([5, 8], 2, 8, name="cross-no_keys", key_lengths=[0, 3]),
+        attention_case([20, 33], 2, 8, name="causal", causal=True, packed=True, dropout_p=0.1),
+        # Sq > Sk: the first queries see no key at all.
+        attention_case([9, 4], 2, 8, name="causal-cross", key_lengths=[5, 9], causal=True),
+        attention_case([20], 2, 8, name="p1", dropout_p=1.0),
+        attention_case([20], 2, 8, name="large_scores", scale=30.0),
+        attention_case([20, 5], 2, 8, name="expanded", upstream="expanded"),
+        attention_case([20, 5], 2, 8, name="transposed", upstream="transposed"),
+    ]
+
+
+def _cross_entropy_cases() -> list[Case]:
+    return [
+        cross_entropy_case(0, 24, 50, name="empty"),
+        cross_entropy_case(1, 24, 50, name="one_token", labelled=1.0),
+        cross_entropy_case(9, 24, 50, name="none_labelled", labelled=0.0),
+        cross_entropy_case(40, 24, 1, name="one_class", labelled=1.0),
+        cross_entropy_case(37, 101, 333, name="odd"),
+        cross_entropy_case(37, 101, 333, name="no_bias", bias=False),
+        cross_entropy_case(37, 101, 333, name="sum", reduction="sum"),
+        cross_entropy_case(150, 64, 1000, name="several_blocks", labelled=1.0),
+        cross_entropy_case(37, 64, 1000, name="confident", spread=30.0),
+    ]
+
+
+CASES: dict[str, list[Case]] = {
+    "attention": _attention_cases(),
+    "layernorm": _layernorm_cases(),
+    "gelu": _gelu_cases(),
+    "embedding": _embedding_cases(),
+    "cross_entropy": _cross_entropy_cases(),
+    "dropout": _dropout_cases(),
+}
+
+
+# What each backend's gates run in; "mixed" keeps the parameters in float32.
+PRECISIONS = {
+    "reference": ("float32", "bfloat16", "float16", "bfloat16-mixed"),
+    "cpu": ("float32", "bfloat16", "bfloat16-mixed"),
+}
+
+
+def gate_grid(word: str) -> list[tuple[str, str, str]]:
+    """``(backend, instruction set, precision)`` for every implementation of ``word`` that is here.
+
+    The instruction set is "" for backends that have none.
+    """
+    grid = []
+    for backend in TABLE[word]:
+        isas = cpu.library().isas() if backend == "cpu" else [""]
+        grid += [(backend, isa, precision) for isa in isas for precision in PRECISIONS[backend]]
+    return grid
+
+
+def run_gates(word: str, backend: str, precision: str) -> None:
+    """Every case of ``word`` through its gate.
+
+    Raises:
+        AssertionError: naming each comparison that failed.
+    """
+    name, _, mixed = precision.partition("-")
+    failures = []
+    for case in CASES[word]:
+        if mixed and not case.parameters:
+            continue
+        try:
+            run_gate(case, getattr(torch, name), backend, mixed=bool(mixed))
+        except AssertionError as error:
+            failures.append(str(error).splitlines()[0])
+    assert not failures, "\n".join(failures)
+
+
+def gates_are_red(word: str, backend: str) -> bool:
+    """Whether any case of ``word`` fails its gate in float32 or bfloat16. Leaves no records."""
+    recorded = len(gate_records)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for case in CASES[word]:
+                run_gate(case, dtype, backend)
+    except AssertionError:
+        return True
+    finally:
+        del gate_records[recorded:]
+    return False

@@ -1,0 +1,100 @@
+"""Instruction sets, mutated builds, and the summary of how close the gates came to their limit."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import csrc_build
+import pytest
+import torch
+
+from bertfast import testing
+from bertfast.kernels import cpu
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Shares of two threads are part of what the gates look at, on a machine with one core too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def use_isa() -> Iterator[Callable[[str], None]]:
+    """Switches the native kernels to an instruction set, and back after the test."""
+    library = cpu.library()
+    before = library.isa()
+    yield library.set_isa
+    library.set_isa(before)
+
+
+class Mutants:
+    """Builds copies of the native sources with one textual change, and puts them in place.
+
+    One copy is changed and changed back, so that each build compiles only what the change touches.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = folder / "csrc"
+        shutil.copytree(CSRC, self.source)
+        self.count = 0
+
+    def compile(self, file: str, old: str, new: str) -> ModuleType:
+        path = self.source / file
+        text = path.read_text()
+        assert old in text, f"{file} no longer holds {old!r}: bring the mutation up to date"
+        path.write_text(text.replace(old, new, 1))
+        self.count += 1
+        try:
+            isa = cpu.library().isas()[-1]
+            built = csrc_build.build_cpu(
+                self.source,
+                self.folder / f"mutant{self.count}",
+                isas=[isa],
+                build_dir=self.folder / "objects",
+            )
+        finally:
+            path.write_text(text)
+        # pybind11 gives back the module it knows under a name, whatever the path.
+        module = csrc_build.load(built.path, f"mutant{self.count}._cpu")
+        assert module.__file__ == str(built.path)
+        return module
+
+    @contextmanager
+    def in_place(self, file: str, old: str, new: str) -> Iterator[None]:
+        mutant = self.compile(file, old, new)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_lib", mutant)
+            yield
+
+
+@pytest.fixture(scope="session")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mutants]:
+    with pytest.MonkeyPatch.context() as patch:
+        # What a gate must catch does not depend on the optimiser, and -O1 compiles much faster.
+        patch.setenv("CXXFLAGS", f"{os.environ.get('CXXFLAGS', '')} -O1")
+        yield Mutants(tmp_path_factory.mktemp("mutants"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not testing.gate_records:
+        return
+    worst: dict[str, testing.GateRecord] = {}
+    for record in testing.gate_records:
+        key = "-".join(record.name.split("-")[:1])
+        if key not in worst or record.ratio > worst[key].ratio:
+            worst[key] = record
+    terminalreporter.section("gates: the largest share of the allowed error (1 is the limit)")
+    for key in sorted(worst):
+        count = sum(record.name.split("-")[0] == key for record in testing.gate_records)
+        terminalreporter.line(
+            f"{key:28} {worst[key].ratio:.3f}  of {count:4} comparisons, at {worst[key].name}"
+        )

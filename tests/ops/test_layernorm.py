@@ -1,0 +1,184 @@
+import pytest
+import torch
+
+from bertfast import ops, testing
+from bertfast.backends import kernel
+from bertfast.kernels import cpu
+
+SEED = testing.seed_tensor()
+
+
+@pytest.mark.parametrize(("backend", "isa", "precision"), testing.gate_grid("layernorm"))
+def test_gate(backend, isa, precision, use_isa):
+    if isa:
+        use_isa(isa)
+    testing.run_gates("layernorm", backend, precision)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_reference_gradcheck(dropout_p, with_residual):
+    x, residual = (torch.randn(4, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def call(x, weight, bias, residual):
+        return ops.layernorm(
+            x,
+            weight,
+            bias,
+            residual=residual if with_residual else None,
+            dropout_p=dropout_p,
+            seed=SEED,
+            backend="reference",
+        )
+
+    assert torch.autograd.gradcheck(call, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("columns", [1, 8, 33, 768, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_mask_is_the_reference_mask(columns, dtype, use_isa):
+    """Bit for bit, on every instruction set: x = 1, no residual, weight 1 tells kept from dropped
+    through the saved sum."""
+    x = torch.ones(50, columns, dtype=dtype)
+    weight, bias = torch.ones(columns), torch.zeros(columns)
+
+    def total(backend):
+        return kernel("layernorm", backend).forward(*arguments)[1]
+
+    for seed in (0, -1, testing.SEED):
+        for site in (0, 7, 0xFFFFFFFF):
+            arguments = (x, weight, bias, None, testing.seed_tensor(seed), 1e-12, 20000, site, True)
+            expected = total("reference")
+            for isa in cpu.library().isas():
+                use_isa(isa)
+                assert torch.equal(total("cpu"), expected), isa
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    x, residual, dout = torch.randn(3, 257, 515).unbind(0)
+    weight, bias = torch.randn(515), torch.randn(515)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+            out = ops.layernorm(
+                *leaves[:3], residual=leaves[3], dropout_p=0.1, seed=SEED, backend="cpu"
+            )
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_cpu_dispatches_no_torch_arithmetic():
+    x, residual, dout = (torch.randn(20, 24) for _ in range(3))
+    leaves = [x, torch.randn(24), torch.randn(24), residual]
+    leaves = [t.requires_grad_() for t in leaves]
+    with testing.KernelOnly() as seen:
+        out = ops.layernorm(
+            *leaves[:3], residual=leaves[3], dropout_p=0.1, seed=SEED, backend="cpu"
+        )
+        torch.autograd.grad(out, leaves, dout)
+    assert "empty" in seen.seen or "empty_like" in seen.seen
+
+
+def test_reference_would_fail_the_dispatch_test():
+    x = torch.randn(20, 24)
+    with testing.KernelOnly(), pytest.raises(AssertionError, match="a kernel dispatched"):
+        ops.layernorm(x, torch.ones(24), torch.ones(24), backend="reference")
+
+
+MUTATIONS = {
+    "mean and rstd swapped": (
+        "cpu/layernorm.cpp",
+        "a.statistics[r] = mean;\n    a.statistics[a.rows + r] = rstd;",
+        "a.statistics[r] = rstd;\n    a.statistics[a.rows + r] = mean;",
+    ),
+    "the tail counts in the variance": (
+        "cpu/layernorm.cpp",
+        "io.counted(io.get(row + c) - about)",
+        "(io.get(row + c) - about)",
+    ),
+    "variance about zero": (
+        "cpu/layernorm.cpp",
+        "io.counted(io.get(row + c) - about)",
+        "io.counted(io.get(row + c))",
+    ),
+    "eps dropped": ("cpu/layernorm.cpp", " + a.eps)", ")"),
+    "no 1 / (1 - p)": ("cpu/dropout.h", "v * scale_", "v"),
+    "lanes in the wrong order": (
+        "cpu/dropout.h",
+        "out[2 * i] = a[i];\n    out[2 * i + 1] = b[i];",
+        "out[2 * i] = b[i];\n    out[2 * i + 1] = a[i];",
+    ),
+    "six rounds": ("philox.h", "philox_rounds = 7", "philox_rounds = 6"),
+    "every row of four has the first one's mask": (
+        "cpu/layernorm.cpp",
+        "masks[r].draw(first_row + r, first, last - first)",
+        "masks[r].draw(first_row, first, last - first)",
+    ),
+    "the second piece of a row has the first one's mask": (
+        "cpu/dropout.h",
+        "(first_column + column) / 8",
+        "column / 8",
+    ),
+    "partial sums not cleared": (
+        "cpu/layernorm.cpp",
+        "std::memset(dweight, 0,",
+        "std::memset(dbias, 0, 0 *",
+    ),
+    "no mean of g * xhat": ("cpu/layernorm.cpp", "- xhat * mean_gx[r]", ""),
+    "dresidual masked too": (
+        "cpu/layernorm.cpp",
+        "if (dresidual) io.put(dresidual + at, ds);",
+        "if (dresidual) io.put(dresidual + at, masks[r].apply(ds, c - first));",
+    ),
+    "no tail": ("cpu/vector.h", "if (column < end) body", "if (column < 0) body"),
+    "statistics of the unrounded sum": ("cpu/layernorm.cpp", "v = as_stored(x, v);", ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_gate_bites(name, mutants):
+    with mutants.in_place(*MUTATIONS[name]):
+        assert testing.gates_are_red("layernorm", "cpu")
+
+
+BAD = {
+    "x: expected a floating-point": ({"x": torch.ones(2, 4, dtype=torch.int64)}, TypeError),
+    "x: expected a tensor": ({"x": [1.0]}, TypeError),
+    r"x: expected shape \(\.\.\., C\)": ({"x": torch.ones(())}, ValueError),
+    r"weight: expected shape \(4,\), got \(5,\)": ({"weight": torch.ones(5)}, ValueError),
+    "weight: expected torch.float32": ({"weight": torch.ones(4).half()}, TypeError),
+    "bias: expected a tensor": ({"bias": None}, TypeError),
+    "bias: expected device cpu": ({"bias": torch.ones(4, device="meta")}, ValueError),
+    "residual: expected torch.float32": ({"residual": torch.ones(2, 4).double()}, TypeError),
+    r"residual: expected shape \(2, 4\)": ({"residual": torch.ones(4)}, ValueError),
+    "eps: expected a number >= 0": ({"eps": -1.0}, ValueError),
+    "dropout_p: expected a probability from 0 to 1, got 1.5": ({"dropout_p": 1.5}, ValueError),
+    "dropout_p: expected a probability from 0 to 1, got nan": (
+        {"dropout_p": float("nan")},
+        ValueError,
+    ),
+    "dropout_p: expected a probability, got str": ({"dropout_p": "0.1"}, TypeError),
+    "seed: expected an int64 tensor of one element when": ({"dropout_p": 0.1}, ValueError),
+    "seed: expected an int64 tensor of one element, got torch.int32": (
+        {"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int32)},
+        TypeError,
+    ),
+    "site: expected a 32-bit": ({"dropout_p": 0.1, "seed": SEED, "site": 1 << 32}, ValueError),
+    "backend: expected one of": ({"backend": "tpu"}, ValueError),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    changes, error = BAD[message]
+    arguments = {"x": torch.ones(2, 4), "weight": torch.ones(4), "bias": torch.ones(4), **changes}
+    with pytest.raises(error, match=message):
+        ops.layernorm(**arguments)
