@@ -1,0 +1,441 @@
+"""Weights in and out, in Hugging Face's directory layout.
+
+Files are material from strangers: nothing is unpickled beyond ``weights_only``, shapes are compared
+before parameters are allocated, and whatever is wrong with a file is a :class:`CheckpointError`
+that names it. A checkpoint fits a model exactly, or the difference is one of these:
+
+* the body's names come with or without ``bert.``, LayerNorm's as ``gamma`` and ``beta``;
+* buffers that are no weights (``position_ids``) are skipped;
+* a tied decoder may be stored or not, and its bias under either of its names;
+* a head or pooler that the model does not have is skipped; one that the checkpoint does not have
+  is drawn anew, with a warning.
+"""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bertfast.errors import CheckpointError
+from bertfast.model.base import BertPreTrainedModel, init_parameter
+from bertfast.model.config import BertConfig, read_json
+
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+# In the order they are looked for.
+WEIGHT_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", PICKLE, f"{PICKLE}.index.json")
+
+BODY = ("embeddings.", "encoder.", "pooler.")
+BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+WORD_TABLE = "bert.embeddings.word_embeddings.weight"
+DECODER = "cls.predictions.decoder.weight"
+DECODER_BIAS = "cls.predictions.decoder.bias"
+PREDICTION_BIAS = "cls.predictions.bias"
+# Each of these is in a checkpoint, or in a model, as a whole or not at all.
+PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Model = TypeVar("Model", bound=BertPreTrainedModel)
+
+
+def load(
+    cls: type[Model],
+    path: str | os.PathLike[str],
+    *,
+    config: BertConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Model:
+    """Build ``cls`` with the weights in the directory ``path``, in evaluation mode.
+
+    The directory holds ``config.json`` (unless ``config`` is given) and one of
+    ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin``,
+    ``pytorch_model.bin.index.json``, looked for in this order.
+
+    Args:
+        cls: the model class.
+        path: directory.
+        config: in place of ``config.json``.
+        dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
+        device: where the parameters go; None is the CPU.
+        options: config fields to override, and ``cls``'s own arguments.
+
+    Raises:
+        CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
+        TypeError, ValueError: a bad argument.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    device = _device(device)
+    directory = _directory(path)
+    if config is None:
+        config = BertConfig.from_json_file(directory / CONFIG)
+    elif not isinstance(config, BertConfig):
+        raise TypeError(f"config: expected a BertConfig, got {type(config).__name__}")
+    fields = vars(config).keys() - {"extra"}
+    options = dict(options or {})
+    overrides = {name: options.pop(name) for name in list(options) if name in fields}
+    if overrides:
+        config = config.replace(**overrides)
+
+    # On the meta device a model costs no memory, so shapes are compared before any is allocated.
+    with torch.device("meta"):
+        model = cls(config, **options)
+    file, stored = read_weights(directory)
+    weights = _canonical(file, stored)
+    fresh = _match(file, model, weights)
+    if dtype is None:
+        dtypes = {weight.dtype for weight in weights.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = weights.get(_with_bert(name))
+        if weight is None:
+            weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+            init_parameter(name, weight, config)
+        # A copy always: a loaded tensor may be a view of a mapped file.
+        state[name] = weight.to(device=device, dtype=dtype, copy=True)
+    # Tied parameters are asked for under every name they have, and become one again after that.
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state[name] = state[first_name[id(parameter)]]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    if fresh:
+        warnings.warn(
+            f"{file}: has no {', '.join(part.rstrip('.') for part in fresh)}, which "
+            f"{cls.__name__} draws anew; train before use",
+            stacklevel=3,
+        )
+    return model.eval()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    # A device that this build of torch lacks is an AssertionError there.
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that is here, got {device!r} ({reason})") from error
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a directory's path, got {type(path).__name__}")
+    directory = Path(path)
+    try:
+        if directory.is_dir():
+            return directory
+        exists = directory.exists()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"path: expected a directory, got {str(path)!r} ({error})") from error
+    found = "a file" if exists else "no such directory; loading by a hub id is not supported yet"
+    raise CheckpointError(f"path: expected a directory, got {str(path)!r}, which is {found}")
+
+
+def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """All tensors of a checkpoint directory under their stored names.
+
+    Returns:
+        The file (or index) they come from, for messages, and the tensors, on the CPU.
+
+    Raises:
+        CheckpointError: no weight file, or one that is damaged.
+    """
+    for name in WEIGHT_FILES:
+        file = directory / name
+        if not file.is_file():
+            continue
+        if name.endswith(".json"):
+            return file, _read_shards(file)
+        return file, _read_file(file)
+    try:
+        there = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed ({error})") from error
+    raise CheckpointError(
+        f"{directory}: expected one of {', '.join(WEIGHT_FILES)}, got {_listed(there) or 'nothing'}"
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise CheckpointError(
+            f'{index}: expected an object whose "weight_map" gives each weight\'s file, '
+            f"got {_short(content)}"
+        )
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        # A plain file name, so that an index cannot reach out of its directory.
+        if not shard or shard in (".", "..") or re.search(r"[/\\:\x00]", shard):
+            raise CheckpointError(
+                f"{index}: expected names of files beside it, got {_short(shard)}"
+            )
+        file = index.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"{index}: expected the file {shard} beside it, which is missing")
+        tensors = _read_file(file)
+        promised = {name for name, where in weight_map.items() if where == shard}
+        for kind, names in (
+            ("has no", promised - tensors.keys()),
+            ("has, unknown to the index,", tensors.keys() - promised),
+        ):
+            if names:
+                raise CheckpointError(f"{file}: {kind} {_listed(names)}, according to {index.name}")
+        weights.update(tensors)
+    return weights
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    for name, weight in weights.items():
+        if weight.dtype not in FLOATS and not name.endswith(("position_ids", "token_type_ids")):
+            raise CheckpointError(
+                f"{file}: expected {name} in one of {', '.join(map(str, FLOATS))}, "
+                f"got {weight.dtype}"
+            )
+    return weights
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    # Dtypes that torch lacks and shapes it refuses come as other exceptions than SafetensorError.
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError,
+            KeyError, MemoryError, OverflowError) as error:  # fmt: skip
+        raise CheckpointError(_damaged(file, "a safetensors file", error)) from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    # A damaged pickle fails in the interpreter of a small language: anything may come out.
+    except Exception as error:
+        raise CheckpointError(_damaged(file, "a file of torch weights", error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a dict of tensors, got {_short(content)}")
+    for name, weight in content.items():
+        dense = isinstance(weight, Tensor) and weight.layout is torch.strided
+        if not isinstance(name, str) or not dense or weight.device.type != "cpu":
+            raise CheckpointError(
+                f"{file}: expected a dict of names and dense tensors, got "
+                f"{_short(name)} with {_short(weight)}"
+            )
+    return {name: weight.detach() for name, weight in content.items()}
+
+
+def _damaged(file: Path, expected: str, error: Exception) -> str:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(16)
+        found = f"{file.stat().st_size} bytes starting {start!r}"
+    except OSError:
+        found = "something that cannot be read"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{file}: expected {expected}, got {found} ({_short(reason)})"
+
+
+def _canonical(file: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename to what a whole Hugging Face BERT calls its weights today, and drop buffers."""
+    weights: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, weight in stored.items():
+        new = f"bert.{name}" if name.startswith(BODY) else name
+        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", new))
+        if new in BUFFERS:
+            continue
+        if new in weights:
+            raise CheckpointError(f"{file}: expected one {new}, got {origin[new]} and {name}")
+        weights[new], origin[new] = weight, name
+    return weights
+
+
+def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
+    """Reduce ``weights`` to the model's parameters; what cannot be explained is an error.
+
+    Returns:
+        The parts of the model that the checkpoint does not have.
+    """
+    shapes = {_with_bert(name): tuple(p.shape) for name, p in model.named_parameters()}
+    has_head = {part for part in PARTS if any(name.startswith(part) for name in shapes)}
+    for name in [n for n in weights if n.startswith(PARTS) and not n.startswith(tuple(has_head))]:
+        del weights[name]
+    _merge_aliases(file, model, weights)
+
+    missing, unexpected = shapes.keys() - weights.keys(), weights.keys() - shapes.keys()
+    fresh = [
+        part
+        for part in PARTS
+        if part in has_head and not any(name.startswith(part) for name in weights)
+    ]
+    missing = {name for name in missing if not name.startswith(tuple(fresh))}
+    problems = []
+    if missing:
+        problems.append(f"missing: {_listed(missing)}")
+    if unexpected:
+        problems.append(f"unexpected: {_listed(unexpected)}")
+    wrong = [
+        f"{name} is {tuple(weights[name].shape)} where the config makes it {shape}"
+        for name, shape in shapes.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if wrong:
+        problems.append(f"shapes: {_listed(wrong, '; ')}")
+    if problems:
+        raise CheckpointError(
+            f"{file}: does not fit {type(model).__name__} with its config; {'; '.join(problems)}"
+        )
+    return fresh
+
+
+def _merge_aliases(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Leave one name for each parameter that goes by two."""
+    if model.get_output_embeddings() is None:
+        return
+    tied = model.config.tie_word_embeddings
+    pairs = [(DECODER_BIAS, PREDICTION_BIAS)] + ([(DECODER, WORD_TABLE)] if tied else [])
+    for alias, name in pairs:
+        stored = weights.pop(alias, None)
+        if stored is None:
+            continue
+        # An untied decoder's own bias is the one that Hugging Face computes with.
+        if name not in weights or (alias == DECODER_BIAS and not tied):
+            weights[name] = stored
+        elif not torch.equal(stored, weights[name]):
+            raise CheckpointError(
+                f"{file}: expected {alias} to equal {name}, which it is tied to, but they differ; "
+                "pass tie_word_embeddings=False to keep both"
+            )
+
+
+def _with_bert(name: str) -> str:
+    return f"bert.{name}" if name.startswith(BODY) else name
+
+
+def save(
+    model: BertPreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write ``config.json`` and safetensors to the directory ``path``.
+
+    Every file is written under another name first and then renamed, so a crash leaves the old
+    checkpoint or the new one but no half file. Weight files of an earlier, differently sharded
+    checkpoint are removed.
+
+    Args:
+        model: any model of this package.
+        path: directory, created if need be.
+        max_shard_size: bytes per file, as a number or as ``"200MB"`` (``KB``, ``MB``, ``GB``,
+            powers of 1000); a single larger tensor gets a file of its own.
+
+    Raises:
+        TypeError, ValueError: a bad ``path`` or ``max_shard_size``.
+        OSError: the directory cannot be written.
+    """
+    limit = _bytes(max_shard_size)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a directory's path, got {type(path).__name__}")
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    # named_parameters gives a tied parameter once, under its first name, as Hugging Face stores it.
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
+        weights[DECODER_BIAS] = weights[PREDICTION_BIAS].clone()
+    shards = _shards(weights, limit)
+    names = [SAFETENSORS]
+    if len(shards) > 1:
+        total = f"{len(shards):05d}"
+        names = [f"model-{i + 1:05d}-of-{total}.safetensors" for i in range(len(shards))]
+
+    written: list[tuple[Path, Path]] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            written.append((_temporary(directory, name), directory / name))
+            save_file(shard, written[-1][0], metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = f"{SAFETENSORS}.index.json"
+            written.append((_temporary(directory, index), directory / index))
+            written[-1][0].write_text(_index(names, shards), encoding="utf-8")
+        for temporary, final in written:
+            os.replace(temporary, final)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+    kept = {final.name for _, final in written}
+    for file in directory.glob("model*.safetensors*"):
+        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
+        if ours and file.name not in kept:
+            file.unlink()
+    extra = {
+        **model.config.extra,
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    extra.pop("torch_dtype", None)
+    model.config.replace(extra=extra).save(directory / CONFIG)
+
+
+def _temporary(directory: Path, name: str) -> Path:
+    return directory / f".{name}.{os.getpid()}.tmp"
+
+
+def _shards(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, weight in weights.items():
+        if shards[-1] and size + weight.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += weight.nbytes
+    return shards
+
+
+def _index(names: list[str], shards: list[dict[str, Tensor]]) -> str:
+    total = sum(weight.nbytes for shard in shards for weight in shard.values())
+    weight_map = {
+        weight: file for file, shard in zip(names, shards, strict=True) for weight in shard
+    }
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 1:
+        return size
+    match = re.fullmatch(r"([1-9]\d{0,11}) ?([KMG])B", str(size).upper())
+    if match is None:
+        raise ValueError(
+            f"max_shard_size: expected bytes >= 1, or a text like '200MB', got {_short(size)}"
+        )
+    return int(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+
+
+def _short(value: Any) -> str:
+    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _listed(items: Iterable[str], separator: str = ", ", limit: int = 12) -> str:
+    names = sorted(items)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + more

@@ -1,0 +1,332 @@
+"""The shape and the habits of a BERT, read from and written to Hugging Face's ``config.json``."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bertfast.errors import CheckpointError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Bounds that no BERT comes near; beyond them a config.json is damaged or hostile, and is refused
+# before anything is allocated. The parameter count bounds every product of sizes.
+MAX_PARAMETERS = 2**34
+MAX_LAYERS = 1024
+MAX_LABELS = 10**6
+MAX_HEAD_SIZE = 256
+MAX_JSON_BYTES = 2**26
+
+# Features of Hugging Face's BERT that compute something else than this package does, each with
+# the values that leave it off. Reading over them silently would give wrong outputs.
+UNSUPPORTED = {
+    "position_embedding_type": ("absolute", None),
+    "is_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "is_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+
+
+@dataclass
+class BertConfig:
+    """Everything that fixes a BERT's shape and arithmetic; field names are Hugging Face's.
+
+    Args:
+        vocab_size: rows of the word table.
+        hidden_size: width of a token; a multiple of ``num_attention_heads``.
+        num_hidden_layers: encoder layers, 0 or more.
+        num_attention_heads: heads per layer; each is ``hidden_size / heads`` wide, 256 at most.
+        intermediate_size: width inside the feed-forward block.
+        hidden_act: ``gelu`` (erf), ``gelu_new`` and ``gelu_pytorch_tanh`` (tanh), or ``relu``.
+        hidden_dropout_prob: dropout after the embedding and on both residual branches.
+        attention_probs_dropout_prob: dropout on the attention probabilities.
+        max_position_embeddings: rows of the position table, the longest sequence.
+        type_vocab_size: rows of the token-type table.
+        initializer_range: standard deviation of freshly drawn weights.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        pad_token_id: the word whose row gets no gradient; None for no such word.
+        classifier_dropout: dropout before a classifier; None takes ``hidden_dropout_prob``.
+        tie_word_embeddings: the masked-LM decoder shares the word table.
+        num_labels: outputs of a classifier; None takes it from ``id2label``, or 2.
+        id2label, label2id: names of the outputs; made up as ``LABEL_0`` … when missing.
+        problem_type: the loss of sequence classification: ``regression``,
+            ``single_label_classification``, ``multi_label_classification``; None decides by the
+            number of labels and their dtype.
+        extra: what else ``config.json`` held, kept so that it is written back.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, a feature this package does not have, or sizes that
+            no machine holds.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | None = None
+    tie_word_embeddings: bool = True
+    # None only until __post_init__ has settled them.
+    num_labels: int = None  # type: ignore[assignment]
+    id2label: dict[int, str] = None  # type: ignore[assignment]
+    label2id: dict[str, int] = None  # type: ignore[assignment]
+    problem_type: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    model_type = "bert"
+
+    def __post_init__(self) -> None:
+        self._name_labels()
+        self.validate()
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+                     "initializer_range", "layer_norm_eps"):  # fmt: skip
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else float(value))
+
+    @property
+    def head_size(self) -> int:
+        """The width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def num_parameters(self) -> int:
+        """How many parameters an encoder with pooler, masked-LM head and classifier has."""
+        h, i = self.hidden_size, self.intermediate_size
+        layer = 4 * h * h + 2 * h * i + 9 * h + i
+        tables = self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        decoder = 0 if self.tie_word_embeddings else self.vocab_size * h
+        heads = 2 * (h * h + h) + self.vocab_size + (h + 1) * self.num_labels
+        return tables * h + self.num_hidden_layers * layer + decoder + heads + 4 * h
+
+    def validate(self) -> None:
+        """Check every field; models call it again, since fields may be assigned.
+
+        Raises:
+            TypeError, ValueError: as the class says; the message names the field.
+        """
+        _integer("vocab_size", self.vocab_size, 1)
+        _integer("hidden_size", self.hidden_size, 1)
+        _integer("num_hidden_layers", self.num_hidden_layers, 0, MAX_LAYERS)
+        _integer("num_attention_heads", self.num_attention_heads, 1)
+        _integer("intermediate_size", self.intermediate_size, 1)
+        _integer("max_position_embeddings", self.max_position_embeddings, 1)
+        _integer("type_vocab_size", self.type_vocab_size, 1)
+        _integer("num_labels", self.num_labels, 1, MAX_LABELS)
+        if self.pad_token_id is not None:
+            _integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size: expected a multiple of num_attention_heads="
+                f"{self.num_attention_heads}, got {self.hidden_size}"
+            )
+        if self.head_size > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"num_attention_heads: expected heads at most {MAX_HEAD_SIZE} wide, got "
+                f"hidden_size {self.hidden_size} / {self.num_attention_heads} = {self.head_size}"
+            )
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        _number("hidden_dropout_prob", self.hidden_dropout_prob, 0.0, 1.0)
+        _number("attention_probs_dropout_prob", self.attention_probs_dropout_prob, 0.0, 1.0)
+        if self.classifier_dropout is not None:
+            _number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
+        _number("initializer_range", self.initializer_range, 0.0)
+        _number("layer_norm_eps", self.layer_norm_eps, 0.0, 1.0)
+        tie: Any = self.tie_word_embeddings
+        if not isinstance(tie, bool):
+            raise TypeError(f"tie_word_embeddings: expected true or false, got {_shown(tie)}")
+        if self.problem_type is not None:
+            _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
+        _check_extra(self.extra)
+        if self.num_parameters() > MAX_PARAMETERS:
+            raise ValueError(
+                f"config: its sizes make {self.num_parameters():,} parameters, more than the "
+                f"{MAX_PARAMETERS:,} this package accepts: hidden_size={self.hidden_size}, "
+                f"num_hidden_layers={self.num_hidden_layers}, "
+                f"intermediate_size={self.intermediate_size}, vocab_size={self.vocab_size}, "
+                f"max_position_embeddings={self.max_position_embeddings}, "
+                f"type_vocab_size={self.type_vocab_size}, num_labels={self.num_labels}"
+            )
+
+    def _name_labels(self) -> None:
+        """Settle ``num_labels`` and the names from whichever of them were given."""
+        count: Any = self.num_labels
+        names: Any = self.id2label
+        ids: Any = self.label2id
+        if names is not None:
+            names = _label_names(names)
+            if count is not None and count != len(names):
+                raise ValueError(
+                    f"num_labels: expected {len(names)}, the number of names in id2label, "
+                    f"got {_shown(count)}"
+                )
+            count = len(names)
+        elif count is None:
+            count = 2
+        # Checked before names are made up, which takes memory in proportion to it.
+        _integer("num_labels", count, 1, MAX_LABELS)
+        if names is None:
+            names = {i: f"LABEL_{i}" for i in range(count)}
+        if ids is None:
+            ids = {name: i for i, name in names.items()}
+        elif not isinstance(ids, dict):
+            raise TypeError(f"label2id: expected an object, got {_shown(ids)}")
+        self.num_labels, self.id2label, self.label2id = count, names, ids
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
+        """Make a config from a parsed ``config.json``; unknown keys go to :attr:`extra`.
+
+        Raises:
+            TypeError, ValueError: as the class says.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"config: expected an object of names and values, got {_shown(values)}")
+        values = dict(values)
+        model_type = values.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"model_type: expected 'bert', got {_shown(model_type)}")
+        names = {f.name for f in fields(cls)} - {"extra"}
+        known = {name: values.pop(name) for name in list(values) if name in names}
+        return cls(**known, extra=values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds; :meth:`from_dict` gives an equal config back."""
+        known = {f.name: getattr(self, f.name) for f in fields(self)}
+        extra = known.pop("extra")
+        # As in Hugging Face's files, the number of labels is the number of their names.
+        known.pop("num_labels")
+        known["id2label"] = {str(i): name for i, name in self.id2label.items()}
+        known["label2id"] = dict(self.label2id)
+        return {**extra, **known, "model_type": self.model_type}
+
+    def replace(self, **changes: Any) -> "BertConfig":
+        """A checked copy with some fields changed; a new ``num_labels`` renames the labels."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["extra"] = dict(self.extra)
+        if "num_labels" in changes or "id2label" in changes:
+            for name in ("num_labels", "id2label", "label2id"):
+                values[name] = None
+        for name in changes:
+            if name not in values:
+                raise TypeError(f"{name}: expected the name of a config field")
+        return type(self)(**{**values, **changes})
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> "BertConfig":
+        """Read a ``config.json``.
+
+        Raises:
+            CheckpointError: the file is missing, is not JSON, or does not describe a BERT that
+                this package can build; the message names the file and what was wrong.
+        """
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{os.fspath(path)}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``config.json`` at ``path``: all of it or, if that fails, none."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Parse a JSON file of a checkpoint; whatever is wrong with it is a ``CheckpointError``."""
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"{name}: expected a JSON file, but: {reason}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{name}: expected at most {MAX_JSON_BYTES} bytes of JSON, got more")
+    try:
+        return json.loads(data.decode("utf-8"))
+    # A deeply nested file ends in RecursionError, which is no ValueError.
+    except (ValueError, RecursionError) as error:
+        start = data[:40].decode("utf-8", "replace")
+        raise CheckpointError(
+            f"{name}: expected JSON, got {len(data)} bytes starting {start!r} ({error})"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    """``value`` for a message: its type when it is of an odd one, and never pages of it."""
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return f"{type(value).__name__} {text}"
+
+
+def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    wanted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected {wanted}, got {_shown(value)}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {wanted}, got {value if value < 10**20 else 'more'}")
+    if value > MAX_PARAMETERS:
+        raise ValueError(f"{name}: expected at most {MAX_PARAMETERS:,}, got more")
+
+
+def _number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> None:
+    wanted = f"a number from {low} to {high}" if high <= 1 else f"a finite number >= {low}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {wanted}, got {_shown(value)}")
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{name}: expected {wanted}, got {_shown(value)}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {_shown(value)}")
+
+
+def _label_names(id2label: Any) -> dict[int, str]:
+    """JSON turns the integer keys into strings; this turns them back."""
+    if not isinstance(id2label, dict) or not id2label:
+        raise TypeError(f"id2label: expected an object of label names, got {_shown(id2label)}")
+    if len(id2label) > MAX_LABELS:
+        raise ValueError(f"id2label: expected at most {MAX_LABELS} labels, got {len(id2label)}")
+    names: dict[int, str] = {}
+    for key, label in id2label.items():
+        try:
+            names[int(key)] = label if isinstance(label, str) else str(label)
+        except (TypeError, ValueError):
+            raise ValueError(f"id2label: expected integers as keys, got {_shown(key)}") from None
+    if sorted(names) != list(range(len(id2label))):
+        raise ValueError(
+            f"id2label: expected the keys 0 to {len(id2label) - 1}, got {_shown(list(id2label))}"
+        )
+    return dict(sorted(names.items()))
+
+
+def _check_extra(extra: Any) -> None:
+    if not isinstance(extra, dict):
+        raise TypeError(f"extra: expected a dict, got {_shown(extra)}")
+    for name, off in UNSUPPORTED.items():
+        if name in extra and not any(extra[name] is v or extra[name] == v for v in off):
+            expected = " or ".join(repr(value) for value in off)
+            raise ValueError(
+                f"{name}: expected {expected}, got {_shown(extra[name])}; "
+                "bertfast does not have this feature"
+            )
