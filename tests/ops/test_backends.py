@@ -81,7 +81,8 @@ def test_an_explicit_choice_that_cannot_run_says_why():
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code],
+        # -P: the installed package, not the source tree that may be the current directory.
+        [sys.executable, "-P", "-c", code],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

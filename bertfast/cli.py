@@ -1,0 +1,166 @@
+"""The ``bertfast`` command: one verb per job.
+
+Exit codes: 0 done; 2 the arguments or the input cannot be used (one line on stderr says why);
+130 interrupted with Ctrl-C. Heavy imports wait until a verb runs, so that ``--help`` is quick.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from bertfast import __version__
+from bertfast.errors import BackendError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: ``sys.argv[1:]``); returns the exit code."""
+    parser = _build_parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as done:  # --help, --version and errors end argparse this way
+        return int(done.code or 0)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) is gone; without this, Python complains while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, BackendError, FloatingPointError) as error:
+        print(f"bertfast {arguments.verb}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bertfast", description="BERT whose hot paths are hand-written kernels.")
+    parser.add_argument("--version", action="version", version=f"bertfast {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    _add_demo(verbs)
+    _add_env(verbs)
+    return parser
+
+
+def _add_demo(verbs: Any) -> None:
+    demo = verbs.add_parser(
+        "demo",
+        help="text to a trained BERT in a few minutes",
+        description="Train a vocabulary and a small BERT on real text, measure it on held-out "
+        "text, save it, reload it, fill blanks with it, and time it. Without --text it reads "
+        "Python's own language reference.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="UTF-8 text files; blank lines separate documents, which hold one sentence a line or "
+        "running text",
+    )
+    demo.add_argument(
+        "--minutes", type=_number(0, 24 * 60), default=2.5, help="minutes of training"
+    )
+    demo.add_argument("--out", metavar="DIR", default="bertfast-demo", help="where to save")
+    demo.add_argument(
+        "--vocab-size", type=_integer(1, 10**6), default=2048, help="word pieces at most"
+    )
+    demo.add_argument("--layers", type=_integer(1, 48), default=2, help="encoder layers")
+    demo.add_argument(
+        "--hidden", type=_integer(64, 4096, 64), default=128, help="hidden size, 64 per head"
+    )
+    demo.add_argument(
+        "--length", type=_integer(16, 512), default=64, help="longest sequence in tokens"
+    )
+    demo.add_argument(
+        "--batch-tokens", type=_integer(16, 10**6), default=1024, help="tokens per step at most"
+    )
+    demo.add_argument("--lr", type=_number(0, 1), default=2e-3, help="highest learning rate")
+    demo.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0, help="of everything random")
+    demo.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    demo.set_defaults(run=_demo)
+
+
+def _add_env(verbs: Any) -> None:
+    env = verbs.add_parser(
+        "env",
+        help="this machine, what was built for it, what runs on what",
+        description="Show versions, CPU and GPU features, which kernels were built (or why not), "
+        "and which implementation each op runs on.",
+    )
+    env.add_argument("--json", action="store_true", help="print it as JSON")
+    env.set_defaults(run=_env)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from bertfast.demo import DemoSettings, run
+
+    settings = DemoSettings(
+        text=tuple(arguments.text),
+        minutes=arguments.minutes,
+        out=arguments.out,
+        vocab_size=arguments.vocab_size,
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        length=arguments.length,
+        batch_tokens=arguments.batch_tokens,
+        lr=arguments.lr,
+        seed=arguments.seed,
+    )
+    run(settings, as_json=arguments.json)
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    from bertfast import environment
+
+    info = environment.collect()
+    print(json.dumps(info, indent=2) if arguments.json else environment.render(info))
+
+
+def _integer(lowest: int, highest: int, multiple_of: int = 1) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if not lowest <= value <= highest or value % multiple_of:
+            kind = "an integer" if multiple_of == 1 else f"a multiple of {multiple_of}"
+            raise argparse.ArgumentTypeError(
+                f"expected {kind} from {lowest} to {highest}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def _number(above: float, highest: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not above < value <= highest:
+            raise argparse.ArgumentTypeError(
+                f"expected a number above {above:g}, at most {highest:g}, got {text!r}"
+            )
+        return value
+
+    return parse

@@ -1,0 +1,225 @@
+"""WordPiece vocabularies: train one from text, save it, load it, turn documents into token ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def _bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
+    model = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
+    tokenizer = Tokenizer(model)
+    # strip_accents=None means "as lowercase says", which is what BERT does.
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=None, lowercase=lowercase
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def _with_special_tokens(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
+    tokenizer = _bert_tokenizer(vocab, lowercase)
+    ids = special_ids(tokenizer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the five special tokens, by name. Raises ValueError that lists the missing ones."""
+    found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    ids = {token: id for token, id in found.items() if id is not None}
+    missing = [token for token in SPECIAL_TOKENS if token not in ids]
+    if missing:
+        raise ValueError(
+            f"tokenizer: expected the special tokens {' '.join(SPECIAL_TOKENS)}, "
+            f"got none for {missing}"
+        )
+    return ids
+
+
+def train_vocab(
+    documents: Iterable[list[str]],
+    vocab_size: int = 8192,
+    *,
+    lowercase: bool = True,
+    min_frequency: int = 2,
+    limit_alphabet: int = 1000,
+) -> Tokenizer:
+    """Train a WordPiece tokenizer with BERT's normaliser, pre-tokenizer and special tokens (ids 0
+    to 4).
+
+    ``documents`` are lists of sentences. ``vocab_size`` counts the special tokens and is an upper
+    bound: a short text has fewer word pieces that occur ``min_frequency`` times. At most
+    ``limit_alphabet`` different characters are kept. The same text and settings give the same
+    vocabulary in every process.
+
+    Raises ValueError when the text holds no word, or when the special tokens and the text's
+    alphabet alone exceed ``vocab_size``.
+    """
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency: expected at least 1, got {min_frequency}")
+    if limit_alphabet < 1:
+        raise ValueError(f"limit_alphabet: expected at least 1, got {limit_alphabet}")
+    sentences = [sentence for document in documents for sentence in document]
+    tokenizer = _bert_tokenizer({"[UNK]": 0}, lowercase)
+    letters, continuations = _alphabet(sentences, tokenizer, limit_alphabet)
+    if not letters:
+        raise ValueError("documents: expected some words to train a vocabulary on, got none")
+    smallest = len(SPECIAL_TOKENS) + len(letters) + len(continuations)
+    if smallest > vocab_size:
+        raise ValueError(
+            f"vocab_size: expected at least {smallest} (the alphabet of this text), "
+            f"got {vocab_size}"
+        )
+    # The trainer numbers "##x" in the order of a randomly seeded hash table and breaks ties by
+    # these numbers, so that two runs differ. Handed over as if they were special tokens, they are
+    # numbered here; the tokenizer is then built anew from the vocabulary alone.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        special_tokens=[*SPECIAL_TOKENS, *continuations],
+        continuing_subword_prefix="##",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer=trainer)
+    vocab = tokenizer.get_vocab()
+    first = [*SPECIAL_TOKENS, *letters, *continuations]
+    rest = sorted(set(vocab) - set(first), key=vocab.__getitem__)
+    return _with_special_tokens({token: id for id, token in enumerate(first + rest)}, lowercase)
+
+
+def _alphabet(
+    sentences: list[str], tokenizer: Tokenizer, limit: int
+) -> tuple[list[str], list[str]]:
+    """The ``limit`` most frequent characters of the words, sorted, and "##x" for those that occur
+    inside a word."""
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for sentence in sentences:
+        normalized = tokenizer.normalizer.normalize_str(sentence)
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized):
+            counts.update(word)
+            inside.update(word[1:])
+    kept = sorted(sorted(counts), key=counts.__getitem__, reverse=True)[:limit]
+    return sorted(kept), [f"##{letter}" for letter in sorted(inside.intersection(kept))]
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, directory: str | os.PathLike[str], *, max_length: int = 512
+) -> None:
+    """Write ``vocab.txt``, ``tokenizer.json`` and ``tokenizer_config.json``, as Hugging Face's BERT
+    directories have them.
+
+    ``max_length`` is the longest input in tokens, written as ``model_max_length``. The directory is
+    created.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (directory / "vocab.txt").write_text(
+        "".join(f"{token}\n" for token, _ in vocab), encoding="utf-8", newline="\n"
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": _is_lowercase(tokenizer),
+        "model_max_length": max_length,
+    }
+    for token in SPECIAL_TOKENS:
+        config[f"{token[1:-1].lower()}_token"] = token
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt`` (then
+    ``tokenizer_config.json``'s ``do_lower_case``, default true, says whether it lower-cases).
+
+    Raises ValueError, naming the path, when neither file is there, one is damaged, or a special
+    token is missing.
+    """
+    directory = Path(directory)
+    try:
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            special_ids(tokenizer)
+            return tokenizer
+        if (directory / "vocab.txt").is_file():
+            return _from_vocab_txt(directory)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise ValueError(
+            f"{directory / 'tokenizer.json'}: expected a tokenizers file, got: {error}"
+        ) from None
+    raise ValueError(f"{directory}: expected tokenizer.json or vocab.txt, found neither")
+
+
+def _from_vocab_txt(directory: Path) -> Tokenizer:
+    lines = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    vocab = {token.rstrip("\r"): id for id, token in enumerate(lines)}
+    if len(vocab) != len(lines):
+        raise ValueError(
+            f"{directory / 'vocab.txt'}: expected one different token a line, got repeated ones"
+        )
+    lowercase = True
+    config = directory / "tokenizer_config.json"
+    if config.is_file():
+        lowercase = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
+    return _with_special_tokens(vocab, lowercase)
+
+
+def _is_lowercase(tokenizer: Tokenizer) -> bool:
+    return bool(getattr(tokenizer.normalizer, "lowercase", False))
+
+
+def encode_documents(
+    documents: Sequence[list[str]], tokenizer: Tokenizer
+) -> list[list[np.ndarray]]:
+    """Token ids of every sentence, without special tokens: int32 arrays ``(tokens,)``, a list of
+    them per document.
+
+    Sentences without a token and documents without a sentence are dropped. The literal text
+    "[MASK]" in a document is encoded as text, not as the special token.
+    """
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        encoded = []
+        for document in documents:
+            sentences = tokenizer.encode_batch(document, add_special_tokens=False)
+            arrays = [
+                np.array(sentence.ids, dtype=np.int32) for sentence in sentences if sentence.ids
+            ]
+            if arrays:
+                encoded.append(arrays)
+        return encoded
+    finally:
+        tokenizer.encode_special_tokens = before

@@ -1,0 +1,77 @@
+"""Filling blanks: order, scores, texts, several masks, refusals."""
+
+import pytest
+import torch
+
+import bertfast
+from bertfast.data import train_vocab
+from bertfast.tasks import FillMask
+
+TEXT = [["the cat sat on the mat", "the dog sat on the rug", "catlike doglike"]] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_vocab(TEXT, 80)
+
+
+@pytest.fixture(scope="module", params=["BertForMaskedLM", "BertForPreTraining"])
+def model(request, tokenizer):
+    torch.manual_seed(0)
+    config = bertfast.BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        initializer_range=0.5,
+    )
+    return getattr(bertfast, request.param)(config)
+
+
+def test_one_mask(model, tokenizer) -> None:
+    model.train()
+    size = tokenizer.get_vocab_size()
+    fills = FillMask(model, tokenizer)("The  [MASK] Sat!", top_k=size)
+    assert model.training
+    assert [fill.score for fill in fills] == sorted((f.score for f in fills), reverse=True)
+    assert sum(fill.score for fill in fills) == pytest.approx(1, abs=1e-5)
+    assert len({fill.token for fill in fills}) == size
+    for token, _score, text in fills:
+        if token.startswith("##"):
+            assert text == f"The{token[2:]} Sat!"
+        else:
+            assert text == f"The  {token} Sat!"  # the text around it stays as it was
+
+    encoding = tokenizer.encode("The  [MASK] Sat!")
+    model.eval()
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([encoding.ids]))
+    logits = out["logits" if "logits" in out else "prediction_logits"][0, 2]
+    assert fills[0].token == tokenizer.id_to_token(int(logits.argmax()))
+    assert fills[0].score == pytest.approx(logits.softmax(-1).max().item(), rel=1e-5)
+    assert FillMask(model, tokenizer)("The  [MASK] Sat!", top_k=3) == fills[:3]
+
+
+def test_several_masks(model, tokenizer) -> None:
+    first, second = FillMask(model, tokenizer)("[MASK] sat on [MASK]", top_k=2)
+    assert len(first) == len(second) == 2
+    assert all(fill.text.endswith("sat on [MASK]") for fill in first)
+    assert all(fill.text.startswith("[MASK] sat on") for fill in second)
+
+
+@pytest.mark.parametrize(
+    ("text", "top_k", "error", "message"),
+    [
+        ("no mask", 5, ValueError, r"text: expected at least one \[MASK\], got 'no mask'"),
+        ("", 5, ValueError, r"text: expected at least one \[MASK\]"),
+        ("[MASK]" + " sat" * 20, 5, ValueError, "text: expected at most 12 tokens, got 23"),
+        ("[MASK]", 0, ValueError, "top_k: expected 1 to"),
+        ("[MASK]", 10**6, ValueError, "top_k: expected 1 to"),
+        (["[MASK]"], 5, TypeError, "text: expected a string, got list"),
+    ],
+)
+def test_refuses(model, tokenizer, text, top_k, error, message) -> None:
+    with pytest.raises(error, match=message):
+        FillMask(model, tokenizer)(text, top_k)
