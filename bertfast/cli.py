@@ -111,8 +111,10 @@ def _add_env(verbs: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    from bertfast.allocator import keep_freed_memory
     from bertfast.demo import DemoSettings, run
 
+    keep_freed_memory()
     settings = DemoSettings(
         text=tuple(arguments.text),
         minutes=arguments.minutes,

@@ -94,7 +94,7 @@ def new_model(settings: DemoSettings, vocab_size: int) -> bertfast.BertForPreTra
     An ordinary BERT but for three choices that make a few minutes count: weights are drawn wider
     than BERT's 0.02, which suits a hidden size of 768; there is no dropout, because so short a run
     does not overfit; and the position table, which is learned as ever, starts as the sinusoids of
-    Vaswani et al. (2017), from which a model finds a token's neighbours in half the steps.
+    Vaswani et al. (2017), from which a model finds a token's neighbours sooner.
     """
     torch.manual_seed(settings.seed)
     model = bertfast.BertForPreTraining(

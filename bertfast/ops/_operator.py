@@ -68,7 +68,7 @@ def _outside_autocast(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launcher)
     def call(*inputs: Any) -> Any:
-        device = inputs[0].device.type
+        device = "cpu" if inputs[0].is_cpu else inputs[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return launcher(*inputs)

@@ -143,7 +143,7 @@ def layernorm(
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     if residual is not None:
         check_like("residual", residual, "x", x)
-        check_shape("residual", residual, tuple(x.shape))
+        check_shape("residual", residual, x.shape)
     threshold = dropout_threshold(dropout_p)
     if threshold > 0:
         check_seed(seed, "x", x)

@@ -81,25 +81,17 @@ void forward_range(const GeluForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Rows taken together, so that the sums over rows are loaded and stored once for all.
-constexpr int rows_together = 4;
-
-template <class T, class P, class Gelu, int count>
-void backward_rows(const GeluBackward& a, int64_t first_row, float* dbias) {
-  const T* dout = static_cast<const T*>(a.dout) + first_row * a.columns;
-  const T* x = static_cast<const T*>(a.x) + first_row * a.columns;
+// One row at a time: several rows of 4096 bytes' multiple would fight for the same cache sets.
+template <class T, class P, class Gelu>
+void backward_row(const GeluBackward& a, int64_t row, float* dbias) {
+  const T* dout = static_cast<const T*>(a.dout) + row * a.columns;
+  const T* x = static_cast<const T*>(a.x) + row * a.columns;
   const P* bias = static_cast<const P*>(a.bias);
-  T* dx = static_cast<T*>(a.dx) + first_row * a.columns;
+  T* dx = static_cast<T*>(a.dx) + row * a.columns;
   for_columns(0, a.columns, [&](int64_t c, auto io) {
-    const Floats b = io.get(bias + c);
-    Floats db = io.get(dbias + c);
-    for (int r = 0; r < count; ++r) {
-      const int64_t at = r * a.columns + c;
-      const Floats dz = io.get(dout + at) * Gelu::slope(io.get(x + at) + b);
-      db += dz;
-      io.put(dx + at, dz);
-    }
-    io.put(dbias + c, db);
+    const Floats dz = io.get(dout + c) * Gelu::slope(io.get(x + c) + io.get(bias + c));
+    io.put(dbias + c, io.get(dbias + c) + dz);
+    io.put(dx + c, dz);
   });
 }
 
@@ -109,11 +101,9 @@ void backward_blocks(const GeluBackward& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     float* dbias = a.partial + block * a.columns;
     std::memset(dbias, 0, sizeof(float) * static_cast<size_t>(a.columns));
-    int64_t row = a.rows * block / a.blocks;
+    const int64_t first = a.rows * block / a.blocks;
     const int64_t last = a.rows * (block + 1) / a.blocks;
-    for (; row + rows_together <= last; row += rows_together)
-      backward_rows<T, P, Gelu, rows_together>(a, row, dbias);
-    for (; row < last; ++row) backward_rows<T, P, Gelu, 1>(a, row, dbias);
+    for (int64_t row = first; row < last; ++row) backward_row<T, P, Gelu>(a, row, dbias);
   }
 }
 

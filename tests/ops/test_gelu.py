@@ -83,8 +83,8 @@ MUTATIONS = {
     "exp's reduction": ("cpu/vector.h", "n * 2.12194440e-4f", "n * 2.0e-4f"),
     "no bias in backward": (
         "cpu/gelu.cpp",
-        "Gelu::slope(io.get(x + at) + b)",
-        "Gelu::slope(io.get(x + at))",
+        "Gelu::slope(io.get(x + c) + io.get(bias + c))",
+        "Gelu::slope(io.get(x + c))",
     ),
     "bias of the wrong column": ("cpu/gelu.cpp", "io.get(bias + column + c)", "io.get(bias + c)"),
     "partial sums not cleared": (

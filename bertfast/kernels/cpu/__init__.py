@@ -33,7 +33,7 @@ def unsupported(x: Tensor) -> str | None:
     """Why the native kernels cannot take ``x``, or None."""
     if _lib is None:
         return f"bertfast._cpu is not there ({_import_error}); bertfast env says why"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the input is on {x.device}, not on the CPU"
     if x.dtype not in _DTYPES:
         return f"the input is {x.dtype}; it takes torch.float32 and torch.bfloat16"
