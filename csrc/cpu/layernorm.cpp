@@ -30,6 +30,10 @@ class Row {
   float* data_;
 };
 
+// Asks for what is needed next while the memory has nothing to do: the later passes over a row run
+// from the cache. An address behind the end is harmless.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 template <class T, class P>
 bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
   const int64_t columns = a.columns;
@@ -67,6 +71,7 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
     const float about = sum(sums) * per_column;
     Floats differences = {}, squares = {};
     for_columns(0, columns, [&](int64_t c, auto io) {
+      prefetch(x + offset + columns + c);
       const Floats d = io.counted(io.get(row + c) - about);
       differences += d;
       squares += d * d;
@@ -76,6 +81,7 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
     const float variance = sum(squares) * per_column - correction * correction;
     const float rstd = 1.0f / std::sqrt((variance > 0.0f ? variance : 0.0f) + a.eps);
     for_columns(0, columns, [&](int64_t c, auto io) {
+      if (residual) prefetch(residual + offset + columns + c);
       const Floats xhat = (io.get(row + c) - mean) * rstd;
       io.put(out + offset + c, xhat * io.get(weight + c) + io.get(bias + c));
     });
@@ -100,17 +106,20 @@ void backward_rows(const LayernormBackward& a, int64_t first_row, float* dweight
   T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + first_row * columns : nullptr;
   const float* mean = a.statistics + first_row;
   const float* rstd = mean + a.rows;
+  Floats g_sums[count] = {}, gx_sums[count] = {};
+  for_columns(0, columns, [&](int64_t c, auto io) {
+    const Floats w = io.get(weight + c);
+    for (int r = 0; r < count; ++r) {
+      const Floats g = rounded(io.get(dout + r * columns + c) * w);
+      const Floats xhat = (io.get(total + r * columns + c) - mean[r]) * rstd[r];
+      g_sums[r] += g;
+      gx_sums[r] += g * xhat;
+    }
+  });
   float mean_g[count], mean_gx[count];
   for (int r = 0; r < count; ++r) {
-    Floats g_sums = {}, gx_sums = {};
-    for_columns(0, columns, [&](int64_t c, auto io) {
-      const Floats g = rounded(io.get(dout + r * columns + c) * io.get(weight + c));
-      const Floats xhat = (io.get(total + r * columns + c) - mean[r]) * rstd[r];
-      g_sums += g;
-      gx_sums += g * xhat;
-    });
-    mean_g[r] = sum(g_sums) / static_cast<float>(columns);
-    mean_gx[r] = sum(gx_sums) / static_cast<float>(columns);
+    mean_g[r] = sum(g_sums[r]) / static_cast<float>(columns);
+    mean_gx[r] = sum(gx_sums[r]) / static_cast<float>(columns);
   }
   for (int64_t first = 0; first < columns; first += RowMask::piece) {
     const int64_t last = first + RowMask::piece < columns ? first + RowMask::piece : columns;
@@ -121,6 +130,8 @@ void backward_rows(const LayernormBackward& a, int64_t first_row, float* dweight
       Floats dw = io.get(dweight + c), db = io.get(dbias + c);
       for (int r = 0; r < count; ++r) {
         const int64_t at = r * columns + c;
+        prefetch(dout + at + count * columns);
+        prefetch(total + at + count * columns);
         const Floats dy = io.get(dout + at);
         const Floats xhat = (io.get(total + at) - mean[r]) * rstd[r];
         dw += dy * xhat;

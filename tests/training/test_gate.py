@@ -1,0 +1,81 @@
+"""The training gate: the kernels may not lead a run further from float64 than eager float32 does."""
+
+import torch
+
+import bertfast
+from bertfast import testing
+
+STEPS = 32
+
+
+def losses(model, batches, backend):
+    """The masked-LM losses of a run of plain SGD, every step with its own dropout seed."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    seen = []
+    with bertfast.backend(backend):
+        for step, batch in enumerate(batches):
+            loss = model(**batch, seed=step).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.detach())
+    return torch.stack(seen)
+
+
+def test_kernels_train_as_the_reference_does():
+    config = bertfast.BertConfig(
+        vocab_size=120,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=40,
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(STEPS):
+        lengths = torch.randint(1, 40, (6,), generator=generator).tolist()
+        ids = torch.randint(5, 120, (sum(lengths),), generator=generator)
+        labelled = torch.rand(len(ids), generator=generator) < 0.3
+        batches.append(
+            {
+                "input_ids": ids.masked_fill(labelled, 4),
+                "labels": ids.masked_fill(~labelled, -100),
+                "cu_seqlens": testing.cu_seqlens_of(lengths),
+                "max_seqlen": max(lengths),
+            }
+        )
+
+    def run(dtype, backend):
+        torch.manual_seed(0)
+        return losses(bertfast.BertForMaskedLM(config).to(dtype), batches, backend)
+
+    exact = run(torch.float64, "reference")
+    plain = run(torch.float32, "reference")
+    kernels = run(torch.float32, None)
+    assert exact[-1] < exact[0]
+    testing.assert_no_worse(kernels, exact, plain, kind="model", name="training.losses-float32")
+    assert not torch.equal(kernels, plain), "the run on the kernels did not run on them"
+
+
+def test_the_gate_sees_another_mask():
+    """A single step with another seed is further off than rounding ever is."""
+    torch.manual_seed(0)
+    config = bertfast.BertConfig(
+        vocab_size=120,
+        hidden_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
+    )
+    model = bertfast.BertForMaskedLM(config).train()
+    batch = {"input_ids": torch.arange(5, 45).reshape(2, 20), "labels": torch.ones(2, 20).long()}
+    one, other = (model(**batch, seed=seed).loss.detach() for seed in (0, 1))
+    exact = model.double()(**batch, seed=0).loss.detach()
+    testing.assert_no_worse(one, exact, one, kind="model", name="training.mask")
+    try:
+        testing.assert_no_worse(other, exact, one, kind="model", name="training.mask")
+    except AssertionError:
+        return
+    raise AssertionError("the gate took another mask for rounding")
