@@ -45,8 +45,10 @@ def _from_environment() -> str | None:
 
 
 class _ThreadChoice(threading.local):
-    # Not a ContextVar: torch.compile cannot trace one in a full graph.
-    name: str | None = None
+    # Not a ContextVar: torch.compile cannot trace one in a full graph. And an attribute of the
+    # instance, not the class: only that makes a compiled graph look whether the choice is another.
+    def __init__(self) -> None:
+        self.name: str | None = None
 
 
 _environment = _from_environment()
@@ -77,13 +79,21 @@ def backend(name: str | None) -> Iterator[None]:
         _thread.name = before
 
 
+def load_kernels() -> None:
+    """Import every implementation :data:`TABLE` names; the ops do it when they are imported.
+
+    Not on first use, which may be inside ``torch.compile``: it cannot trace an import.
+    """
+    for word, names in TABLE.items():
+        for name in names:
+            _modules[word, name] = importlib.import_module(f"bertfast.kernels.{name}.{word}")
+
+
 def kernel(word: str, name: str) -> ModuleType:
     """The module that implements op ``word`` on backend ``name``."""
-    try:
-        return _modules[word, name]
-    except KeyError:
-        module = importlib.import_module(f"bertfast.kernels.{name}.{word}")
-        return _modules.setdefault((word, name), module)
+    if not _modules:
+        load_kernels()
+    return _modules[word, name]
 
 
 def choose(word: str, x: Tensor, requested: str | None = None) -> str:
@@ -155,6 +165,10 @@ def explain(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: expected one that is here, got {device} without CUDA")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
     # 64 is an ordinary head dim and hidden size, so it stands for inputs in general.
     x = torch.empty(1, 1, 64, device=device, dtype=dtype)
     ambient = current()

@@ -6,6 +6,7 @@ batch + 1) says where each sequence starts and ends. Every op takes ``backend=``
 (see :mod:`bertfast.ops.dropout`).
 """
 
+from bertfast.backends import load_kernels
 from bertfast.ops.attention import attention, attention_qkvpacked
 from bertfast.ops.cross_entropy import cross_entropy
 from bertfast.ops.dropout import dropout
@@ -22,3 +23,5 @@ __all__ = [
     "gelu",
     "layernorm",
 ]
+
+load_kernels()

@@ -78,7 +78,23 @@ def check_seed(seed: Tensor | None, like_name: str, like: Tensor) -> None:
     check_device("seed", seed, like_name, like)
 
 
+def check_integer(name: str, value: int, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{name}: expected a number >= {least}, got {value}")
+
+
+def check_number(name: str, value: float, least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    # Written so that NaN fails.
+    if least is not None and not value >= least:
+        raise ValueError(f"{name}: expected a number >= {least:g}, got {value}")
+
+
 def check_site(site: int) -> None:
+    check_integer("site", site)
     if not 0 <= site <= 0xFFFFFFFF:
         raise ValueError(f"site: expected a 32-bit unsigned integer, got {site}")
 

@@ -10,7 +10,9 @@ from bertfast.ops._checks import (
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_floating,
+    check_integer,
     check_like,
+    check_number,
     check_seed,
     check_shape,
     check_site,
@@ -305,7 +307,7 @@ def attention(
     check_shape("k", k, (k.shape[0] if k.dim() else 0, *q.shape[1:]))
     check_shape("v", v, tuple(k.shape))
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", q)
-    _check_length("max_seqlen_q", max_seqlen_q)
+    check_integer("max_seqlen_q", max_seqlen_q, least=0)
     if cu_seqlens_k is None:
         check_shape("k", k, tuple(q.shape))
         max_seqlen_k = max_seqlen_q
@@ -318,10 +320,10 @@ def attention(
             )
         if max_seqlen_k is None:
             raise ValueError("max_seqlen_k: expected a number beside cu_seqlens_k, got None")
-        _check_length("max_seqlen_k", max_seqlen_k)
+        check_integer("max_seqlen_k", max_seqlen_k, least=0)
         if cu_seqlens_k is cu_seqlens_q:
             cu_seqlens_k = None  # a custom op's inputs may not be the same tensor twice
-    seed, threshold, scale = _options(q, dropout_p, seed, site, scale)
+    seed, threshold, scale = _options(q, dropout_p, seed, site, scale, causal)
     return _attention(
         q,
         k,
@@ -368,8 +370,8 @@ def attention_qkvpacked(
     if qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape (T, 3, heads, d), got {tuple(qkv.shape)}")
     check_cu_seqlens("cu_seqlens", cu_seqlens, "qkv", qkv)
-    _check_length("max_seqlen", max_seqlen)
-    seed, threshold, scale = _options(qkv, dropout_p, seed, site, scale)
+    check_integer("max_seqlen", max_seqlen, least=0)
+    seed, threshold, scale = _options(qkv, dropout_p, seed, site, scale, causal)
     return _attention_qkvpacked(
         qkv,
         cu_seqlens,
@@ -395,16 +397,18 @@ def _check_heads(name: str, x: Tensor, dims: int) -> None:
         )
 
 
-def _check_length(name: str, value: int) -> None:
-    if isinstance(value, (bool, float, Tensor)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name}: expected a number >= 0, got {value}")
-
-
 def _options(
-    x: Tensor, dropout_p: float, seed: Tensor | None, site: int, scale: float | None
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    scale: float | None,
+    causal: bool,
 ) -> tuple[Tensor | None, int, float]:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    if scale is not None:
+        check_number("scale", scale)
     threshold = dropout_threshold(dropout_p)
     if threshold > 0:
         check_seed(seed, "q" if x.dim() == 3 else "qkv", x)

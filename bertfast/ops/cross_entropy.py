@@ -7,6 +7,7 @@ from bertfast.backends import choose, kernel
 from bertfast.ops._checks import (
     check_device,
     check_floating,
+    check_integer,
     check_integers,
     check_parameter,
     check_range,
@@ -131,6 +132,7 @@ def cross_entropy(
     check_integers("labels", labels)
     check_shape("labels", labels, (hidden.shape[0],))
     check_device("labels", labels, "hidden", hidden)
+    check_integer("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     return _cross_entropy(

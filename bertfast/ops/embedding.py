@@ -7,8 +7,10 @@ from bertfast.backends import choose, kernel
 from bertfast.ops._checks import (
     check_device,
     check_floating,
+    check_integer,
     check_integers,
     check_like,
+    check_number,
     check_parameter,
     check_range,
     check_seed,
@@ -238,8 +240,9 @@ def embedding(
     check_parameter("bias", bias, (columns,), "word", word)
     if weight.dtype != bias.dtype:
         raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_number("eps", eps, least=0.0)
+    if padding_idx is not None:
+        check_integer("padding_idx", padding_idx)
     if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
         raise ValueError(
             f"padding_idx: expected a row of word, 0 to {word.shape[0] - 1}, got {padding_idx}"

@@ -7,6 +7,7 @@ from bertfast.backends import choose, kernel
 from bertfast.ops._checks import (
     check_floating,
     check_like,
+    check_number,
     check_parameter,
     check_seed,
     check_shape,
@@ -139,8 +140,7 @@ def layernorm(
     check_parameter("bias", bias, (x.shape[-1],), "x", x)
     if weight.dtype != bias.dtype:
         raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_number("eps", eps, least=0.0)
     if residual is not None:
         check_like("residual", residual, "x", x)
         check_shape("residual", residual, x.shape)

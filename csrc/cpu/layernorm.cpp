@@ -32,7 +32,12 @@ class Row {
 
 // Asks for what is needed next while the memory has nothing to do: the later passes over a row run
 // from the cache. An address behind the end is harmless.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+template <class T>
+inline void prefetch(const T* p, int64_t offset) {
+  // As a number: a pointer may not even be formed behind the end.
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + sizeof(T) * static_cast<uint64_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+}
 
 template <class T, class P>
 bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
@@ -71,7 +76,7 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
     const float about = sum(sums) * per_column;
     Floats differences = {}, squares = {};
     for_columns(0, columns, [&](int64_t c, auto io) {
-      prefetch(x + offset + columns + c);
+      prefetch(x, offset + columns + c);
       const Floats d = io.counted(io.get(row + c) - about);
       differences += d;
       squares += d * d;
@@ -81,7 +86,7 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
     const float variance = sum(squares) * per_column - correction * correction;
     const float rstd = 1.0f / std::sqrt((variance > 0.0f ? variance : 0.0f) + a.eps);
     for_columns(0, columns, [&](int64_t c, auto io) {
-      if (residual) prefetch(residual + offset + columns + c);
+      if (residual) prefetch(residual, offset + columns + c);
       const Floats xhat = (io.get(row + c) - mean) * rstd;
       io.put(out + offset + c, xhat * io.get(weight + c) + io.get(bias + c));
     });
@@ -130,8 +135,8 @@ void backward_rows(const LayernormBackward& a, int64_t first_row, float* dweight
       Floats dw = io.get(dweight + c), db = io.get(dbias + c);
       for (int r = 0; r < count; ++r) {
         const int64_t at = r * columns + c;
-        prefetch(dout + at + count * columns);
-        prefetch(total + at + count * columns);
+        prefetch(dout, at + count * columns);
+        prefetch(total, at + count * columns);
         const Floats dy = io.get(dout + at);
         const Floats xhat = (io.get(total + at) - mean[r]) * rstd[r];
         dw += dy * xhat;

@@ -131,6 +131,10 @@ BAD = {
         ValueError,
     ),
     "max_seqlen_q: expected an int, got float": ({"max_seqlen_q": 4.0}, TypeError),
+    "max_seqlen_q: expected an int, got NoneType": ({"max_seqlen_q": None}, TypeError),
+    "max_seqlen_q: expected a number >= 0, got -1": ({"max_seqlen_q": -1}, ValueError),
+    "scale: expected a number, got str": ({"scale": "a"}, TypeError),
+    "causal: expected a bool, got str": ({"causal": "a"}, TypeError),
     "max_seqlen_k: expected a number beside cu_seqlens_k": ({"cu_seqlens_k": cu(4)}, ValueError),
     "cu_seqlens_k: expected shape": (
         {"cu_seqlens_k": cu(2, 2), "max_seqlen_k": 4},

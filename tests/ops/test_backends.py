@@ -136,6 +136,21 @@ def test_explain():
     assert asked["gelu"].passed_over["cpu"] == "backend 'reference' was asked for"
 
 
+def test_explain_refuses_what_cannot_be():
+    with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
+        bertfast.explain("cpu", torch.int32)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: expected one that is here"):
+            bertfast.explain("cuda")
+
+
+def test_a_wrong_instruction_set_is_no_quiet_fallback():
+    code = "import torch; from bertfast import ops; ops.gelu(torch.ones(3))"
+    bad = run_python(code, BERTFAST_CPU_ISA="avx5")
+    assert bad.returncode != 0
+    assert "BERTFAST_CPU_ISA: expected one of" in bad.stderr
+
+
 def test_explain_agrees_with_choose():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for row in bertfast.explain("cpu", dtype):

@@ -62,6 +62,7 @@ BAD = {
         {"labels": torch.tensor([0, 1, -1, 2])},
         ValueError,
     ),
+    "ignore_index: expected an int, got NoneType": ({"ignore_index": None}, TypeError),
     "reduction: expected 'mean' or 'sum', got 'none'": ({"reduction": "none"}, ValueError),
 }
 

@@ -93,6 +93,7 @@ BAD = {
     "token_type: expected torch.float32": ({"token_type": torch.ones(2, 6).double()}, TypeError),
     r"weight: expected shape \(6,\)": ({"weight": torch.ones(5)}, ValueError),
     "padding_idx: expected a row of word": ({"padding_idx": 10}, ValueError),
+    "padding_idx: expected an int, got str": ({"padding_idx": "a"}, TypeError),
     r"word: expected shape \(V, C\)": ({"word": torch.ones(6)}, ValueError),
 }
 

@@ -160,6 +160,8 @@ BAD = {
     "residual: expected torch.float32": ({"residual": torch.ones(2, 4).double()}, TypeError),
     r"residual: expected shape \(2, 4\)": ({"residual": torch.ones(4)}, ValueError),
     "eps: expected a number >= 0": ({"eps": -1.0}, ValueError),
+    "eps: expected a number, got str": ({"eps": "a"}, TypeError),
+    "site: expected an int, got float": ({"dropout_p": 0.1, "seed": SEED, "site": 1.5}, TypeError),
     "dropout_p: expected a probability from 0 to 1, got 1.5": ({"dropout_p": 1.5}, ValueError),
     "dropout_p: expected a probability from 0 to 1, got nan": (
         {"dropout_p": float("nan")},

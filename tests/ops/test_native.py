@@ -83,6 +83,20 @@ def test_null_addresses_and_senseless_numbers_are_refused(name, data):
     assert status > 0 or ("gelu" in name and 0 in drawn[:2])
 
 
+def test_a_sign_that_is_only_a_flag():
+    """torch keeps the sign of a conjugate's imaginary part beside the memory."""
+    x = torch.complex(torch.randn(5), torch.randn(5)).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(ops.gelu(x, backend="cpu"), ops.gelu(x, backend="reference"))
+
+
+def test_another_default_device_is_no_matter():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    with torch.device("meta"):
+        out = ops.layernorm(x, weight, weight) + ops.gelu(x, weight)
+        torch.autograd.grad(out, x, out.detach())
+
+
 def test_a_refused_launch_names_kernel_and_numbers():
     with pytest.raises(
         KernelError, match=r"_cpu\.gelu_forward refused its argument group 2: rows=3"

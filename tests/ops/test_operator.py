@@ -1,5 +1,7 @@
 """What holds for every op: compiled as in eager, no double backward, autocast, threads."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -31,6 +33,30 @@ def test_full_graph_compile_passes_the_gate(case):
     for backend in TABLE[case.word]:
         testing.run_gate(case, torch.float32, backend, apply=compiled)
     torch.compiler.reset()
+
+
+def test_compiling_first_in_a_fresh_process():
+    """Nothing may be imported, or decided for good, on the first call in eager mode."""
+    code = """
+import torch, bertfast
+from bertfast import ops
+from bertfast.kernels import cpu, reference
+ran = []
+for module in (cpu.gelu, reference.gelu):
+    def forward(x, bias, approximate, name=module.__name__, inner=module.forward):
+        ran.append(name.split(".")[-2])
+        return inner(x, bias, approximate)
+    module.forward = forward
+call = torch.compile(lambda x: ops.gelu(x), fullgraph=True, backend="aot_eager")
+x = torch.randn(4, 8)
+call(x)
+with bertfast.backend("reference"):
+    call(x)
+call(x)
+print(*ran)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["cpu", "reference", "cpu"], done.stderr
 
 
 def test_inductor_compiles_a_whole_layer():

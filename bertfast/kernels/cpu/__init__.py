@@ -4,6 +4,8 @@ A launcher allocates the outputs, hands over addresses and sizes, and turns a re
 :class:`bertfast.errors.KernelError`. It does no arithmetic on tensors.
 """
 
+import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor
 from bertfast.errors import KernelError
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_lib: ModuleType | None
+_lib: ModuleType | None = None
 _import_error = ""
 try:
     # After torch, so that both use the one OpenMP runtime torch has loaded.
-    from bertfast import _cpu as _lib  # type: ignore[attr-defined, no-redef, unused-ignore]
+    _lib = importlib.import_module("bertfast._cpu")
 except ImportError as error:
-    _lib = None
+    # Asked for by name, an instruction set that cannot run is an error, not a fallback.
+    if os.environ.get("BERTFAST_CPU_ISA") and not isinstance(error, ModuleNotFoundError):
+        raise
     _import_error = str(error)
 
 
@@ -42,6 +46,11 @@ def unsupported(x: Tensor) -> str | None:
 
 def dtype_code(x: Tensor) -> int:
     return _DTYPES[x.dtype]
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` as kernels read it: contiguous, and without the sign torch may keep as a mere flag."""
+    return x.resolve_neg().contiguous() if x.is_neg() else x.contiguous()
 
 
 def address(x: Tensor | None) -> int:

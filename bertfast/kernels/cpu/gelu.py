@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dtype_code
+from bertfast.kernels.cpu import address, check_launch, dense, dtype_code
 
 
 def supports(x: Tensor) -> str | None:
@@ -19,8 +19,8 @@ def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
 
 
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x = dense(x)
+    bias = None if bias is None else dense(bias)
     out = torch.empty_like(x)
     rows, columns = _shape(x, bias)
     status = cpu.library().gelu_forward(
@@ -42,15 +42,15 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 def backward(
     dout: Tensor, x: Tensor, bias: Tensor | None, approximate: str
 ) -> tuple[Tensor, Tensor]:
-    dout, x = dout.contiguous(), x.contiguous()
+    dout, x = dense(dout), dense(x)
     dx = torch.empty_like(x)
     rows, columns = _shape(x, bias)
     blocks = cpu.row_blocks(rows)
     if bias is None:
         partial, dbias = None, x.new_empty(0)
     else:
-        bias = bias.contiguous()
-        partial = torch.empty(blocks * columns, dtype=torch.float32)
+        bias = dense(bias)
+        partial = torch.empty(blocks * columns, dtype=torch.float32, device="cpu")
         dbias = torch.empty_like(bias)
     status = cpu.library().gelu_backward(
         dout.data_ptr(),

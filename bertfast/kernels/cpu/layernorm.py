@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dtype_code
+from bertfast.kernels.cpu import address, check_launch, dense, dtype_code
 
 
 def supports(x: Tensor) -> str | None:
@@ -22,14 +22,14 @@ def forward(
     site: int,
     needs_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    x, weight, bias = dense(x), dense(weight), dense(bias)
+    residual = None if residual is None else dense(residual)
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)
     keeps_sum = needs_backward and (residual is not None or seed is not None)
     total = torch.empty_like(x) if keeps_sum else x.new_empty(0)
-    statistics = torch.empty(2, rows, dtype=torch.float32)
+    statistics = torch.empty(2, rows, dtype=torch.float32, device="cpu")
     status = cpu.library().layernorm_forward(
         x.data_ptr(),
         address(residual),
@@ -64,7 +64,7 @@ def backward(
     site: int,
     has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, total, weight = dout.contiguous(), total.contiguous(), weight.contiguous()
+    dout, total, weight = dense(dout), dense(total), dense(weight)
     columns = total.shape[-1]
     rows = total.numel() // columns
     blocks = cpu.row_blocks(rows)
@@ -72,7 +72,7 @@ def backward(
     both = has_residual and seed is not None
     dresidual = torch.empty_like(total) if both else total.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    partial = torch.empty(blocks * 2 * columns, dtype=torch.float32)
+    partial = torch.empty(blocks * 2 * columns, dtype=torch.float32, device="cpu")
     status = cpu.library().layernorm_backward(
         dout.data_ptr(),
         total.data_ptr(),

@@ -21,7 +21,9 @@ def supports(x: Tensor) -> str | None:
 
 def normalise(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``xhat`` of ``(rows, C)``, and the statistics ``(2, rows)``: mean and rstd of each row."""
-    mean = total.mean(-1)
+    about = total.mean(-1, keepdim=True)
+    # What rounding left out of the mean: in a row of equal values it is all there is to centre.
+    mean = (about + (total - about).mean(-1, keepdim=True)).squeeze(-1)
     centred = total - mean.unsqueeze(-1)
     rstd = torch.rsqrt((centred * centred).mean(-1) + eps)
     return centred * rstd.unsqueeze(-1), torch.stack((mean, rstd))

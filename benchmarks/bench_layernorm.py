@@ -1,0 +1,45 @@
+"""LayerNorm(residual + dropout(x)) against the eager composition, and torch.compile of that."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bertfast import ops, testing
+from bertfast.kernels.cpu import layernorm as launcher
+
+from .rows import DIRECTIONS, DTYPES, IMPLEMENTATIONS, SHAPES, time_rows
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def bench_layernorm(benchmark, dropout_p, direction, shape, dtype, implementation):
+    case = testing.layernorm_case(*shape, name=f"p{dropout_p}", dropout_p=dropout_p)
+
+    def eager(t):
+        total = t["residual"] + F.dropout(t["x"], dropout_p)
+        return F.layer_norm(total, shape[1:], t["weight"], t["bias"], 1e-12)
+
+    # Forward without a backward to come: read x and residual, write the output. Backward: read
+    # dout and the sum, write dx, and with dropout dresidual, which then is another tensor.
+    moved = {"forward": 3, "backward": 3 if dropout_p == 0.0 else 4}
+    time_rows(benchmark, case, eager, implementation, direction, dtype, moved)
+
+
+@pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])
+def bench_overhead(benchmark, call):
+    """Microseconds of a call on one row of 8, where there is nothing to compute."""
+    x, residual = torch.randn(1, 8), torch.randn(1, 8)
+    weight, bias = torch.ones(8), torch.zeros(8)
+    benchmark.group = "layernorm overhead"
+    benchmark.extra_info.update(implementation=call, word="layernorm", case="overhead")
+    with torch.set_grad_enabled("grad" in call):
+        x.requires_grad_("grad" in call)
+        if call == "launcher":
+            benchmark(launcher.forward, x, weight, bias, residual, None, 1e-12, 0, 0, True)
+        elif call == "eager_grad":
+            benchmark(lambda: F.layer_norm(x + residual, (8,), weight, bias, 1e-12))
+        else:
+            benchmark(ops.layernorm, x, weight, bias, residual=residual)

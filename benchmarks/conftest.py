@@ -1,0 +1,34 @@
+"""What every benchmark shares: the machine's copy bandwidth, gates before speed, fixed lengths."""
+
+import pytest
+import torch
+
+from bertfast import environment
+from bertfast.allocator import keep_freed_memory
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # For every implementation alike: else page faults are timed, and not the code.
+    keep_freed_memory()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """The JSON says on what it was measured; host names and paths are nobody's business."""
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
+    about = environment.collect()
+    machine_info["bertfast"] = {key: about[key] for key in ("versions", "cpu", "torch", "kernels")}
+
+
+def mixed_lengths(count: int, mean: int, longest: int) -> list[int]:
+    """Sequence lengths as text has them, many short and a few long: deterministic, exact mean."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.empty(count).exponential_(generator=generator)
+    lengths = (draws / draws.mean() * mean).round().long().clamp(4, longest)
+    lengths[0] = longest
+    # Spread what rounding and the limits took away over the sequences that have room for it.
+    while int(lengths.sum()) != mean * count:
+        step = 1 if int(lengths.sum()) < mean * count else -1
+        room = (lengths + step >= 4) & (lengths + step < longest)
+        lengths[int(torch.multinomial(room.float(), 1, generator=generator))] += step
+    return lengths.tolist()
