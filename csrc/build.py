@@ -55,8 +55,7 @@ X86_ISAS: dict[str, Isa] = {
     "baseline": Isa(),
     "avx2": Isa(
         _AVX2,
-        "#include <immintrin.h>\n"
-        "__m256 probe(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
+        "#include <immintrin.h>\n__m256 probe(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
     ),
     "avx512": Isa(
         _AVX512,
