@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,24 +165,34 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     token is missing.
     """
     directory = Path(directory)
-    try:
-        if (directory / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except OSError:
+            raise
+        # The tokenizers library raises plain Exception for a damaged file.
+        except Exception as error:
+            raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
+        with _named(file):
             special_ids(tokenizer)
-            return tokenizer
-        if (directory / "vocab.txt").is_file():
-            return _from_vocab_txt(directory)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise ValueError(
-            f"{directory / 'tokenizer.json'}: expected a tokenizers file, got: {error}"
-        ) from None
+        return tokenizer
+    if (directory / "vocab.txt").is_file():
+        return _from_vocab_txt(directory)
     raise ValueError(f"{directory}: expected tokenizer.json or vocab.txt, found neither")
 
 
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Put the file's path before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 def _from_vocab_txt(directory: Path) -> Tokenizer:
-    lines = (directory / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    lines = _read_text(directory / "vocab.txt").split("\n")
     if lines and not lines[-1]:
         lines.pop()
     vocab = {token.rstrip("\r"): id for id, token in enumerate(lines)}
@@ -189,11 +200,28 @@ def _from_vocab_txt(directory: Path) -> Tokenizer:
         raise ValueError(
             f"{directory / 'vocab.txt'}: expected one different token a line, got repeated ones"
         )
-    lowercase = True
+    lowercase: Any = True
     config = directory / "tokenizer_config.json"
     if config.is_file():
-        lowercase = bool(json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True))
-    return _with_special_tokens(vocab, lowercase)
+        try:
+            settings = json.loads(_read_text(config))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{config}: expected JSON, got: {error}") from None
+        lowercase = settings.get("do_lower_case", True) if isinstance(settings, dict) else None
+        if not isinstance(lowercase, bool):
+            raise ValueError(
+                f"{config}: expected an object whose do_lower_case is true or false, "
+                f"got {repr(settings)[:80]}"
+            )
+    with _named(directory / "vocab.txt"):
+        return _with_special_tokens(vocab, lowercase)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got: {error}") from None
 
 
 def _is_lowercase(tokenizer: Tokenizer) -> bool:

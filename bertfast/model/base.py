@@ -178,7 +178,8 @@ class BertPreTrainedModel(nn.Module):
     def dropout_seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         """The seed of one forward's dropout masks: int64 ``(1,)`` on ``device``.
 
-        None when nothing is dropped: in evaluation mode, or if every probability is zero. Without
+        None when nothing is dropped: no module with a positive ``dropout_p`` is in training mode.
+        That attribute is the config's probability at the time the model was built. Without
         a given ``seed`` it is drawn from torch's default CPU generator, so ``torch.manual_seed``
         governs training on every device.
 
@@ -190,12 +191,6 @@ class BertPreTrainedModel(nn.Module):
         Raises:
             TypeError, ValueError: ``seed`` is something else.
         """
-        config = self.config
-        probabilities = (
-            config.hidden_dropout_prob,
-            config.attention_probs_dropout_prob,
-            config.classifier_dropout or 0.0,
-        )
         if isinstance(seed, Tensor):
             if seed.dtype != torch.int64 or seed.numel() != 1:
                 raise TypeError(
@@ -207,13 +202,28 @@ class BertPreTrainedModel(nn.Module):
                 raise TypeError(f"seed: expected an integer or a tensor, got {type(seed).__name__}")
             if not -(2**63) <= seed < 2**63:
                 raise ValueError(f"seed: expected a signed 64-bit integer, got {seed}")
-        if not self.training or not any(probabilities):
+        if not _drops(self):
             return None
         if seed is None:
             seed = _draw_seed()
         if isinstance(seed, int):
-            seed = torch.tensor([seed], dtype=torch.int64)
+            seed = torch.tensor([seed], dtype=torch.int64, device="cpu")
         return seed.reshape(1).to(device)
+
+
+def _drops(module: nn.Module) -> bool:
+    # Each module's own mode counts, since a part may be in training inside an evaluated whole.
+    # Every forward asks this, and module.modules() takes several times as long.
+    parts: list[nn.Module | None] = [module]
+    while parts:
+        part = parts.pop()
+        if part is None:  # a pooler that is left out
+            continue
+        if part.training and getattr(part, "dropout_p", 0.0) > 0:
+            return True
+        if part._modules:
+            parts.extend(part._modules.values())
+    return False
 
 
 # A compiled graph must not bake the draw in, nor take it from a device's generator.

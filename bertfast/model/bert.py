@@ -24,10 +24,24 @@ from bertfast.model.outputs import EncoderOutput
 from bertfast.model.packing import Batch, make_batch
 
 
-def linear_activation(x: Tensor, dense: nn.Linear, hidden_act: str) -> Tensor:
-    """``activation(dense(x))``, the bias added inside the GELU."""
+def check_linear(name: str, module: nn.Module) -> None:
+    """Refuse what computes something else than ``F.linear`` of its parameters, as a LoRA wrapper.
+
+    Where the parameters are read directly, ``module.forward`` would be left out silently.
+    Subclasses that only change where the parameters come from (``parametrize``) are fine.
+    """
+    if getattr(type(module), "forward", None) is not nn.Linear.forward:
+        raise TypeError(
+            f"{name}: expected an nn.Linear, whose parameters are read as weights, "
+            f"got {type(module).__name__}, whose forward would not be called"
+        )
+
+
+def linear_activation(x: Tensor, dense: nn.Linear, hidden_act: str, name: str) -> Tensor:
+    """``activation(dense(x))``, the bias added inside the GELU; ``name`` is for messages."""
     if hidden_act == "relu":
         return F.relu(dense(x))
+    check_linear(name, dense)
     approximate = "none" if hidden_act == "gelu" else "tanh"
     return ops.gelu(F.linear(x, dense.weight), dense.bias, approximate=approximate)
 
@@ -99,6 +113,8 @@ class BertSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Batch, seed: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
+        for name, module in (("query", self.query), ("key", self.key), ("value", self.value)):
+            check_linear(f"attention.self.{name}", module)
         weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
         bias = torch.cat((self.query.bias, self.key.bias, self.value.bias))
         qkv = F.linear(x, weight, bias).view(x.shape[0], 3, self.heads, self.head_size)
@@ -119,7 +135,7 @@ def attention_probabilities(qkv: Tensor, batch: Batch) -> Tensor:
 
     Returns:
         ``(B, heads, S, S)`` in at least float32; zeros where the query or the key is padding.
-        ``S`` is ``max_seqlen`` for packed input.
+        ``S`` is ``max_seqlen`` (or ``T``, if that is less) for packed input.
     """
     qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     q, k = batch.to_grid(qkv[:, 0]).transpose(1, 2), batch.to_grid(qkv[:, 1]).transpose(1, 2)
@@ -176,7 +192,7 @@ class BertIntermediate(nn.Module):
         self.hidden_act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_activation(x, self.dense, self.hidden_act)
+        return linear_activation(x, self.dense, self.hidden_act, "intermediate.dense")
 
 
 class BertLayer(nn.Module):
@@ -228,6 +244,9 @@ class BertEncoder(nn.Module):
 def _checkpointed(layer: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
     # The mask is a function of the seed, so there is no generator to rewind. Recomputation may
     # run on autograd's own thread, which does not see this thread's choice of a backend.
+    # A compiled graph has the backend baked in, and torch.compile cannot trace such a context_fn.
+    if torch.compiler.is_compiling():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
     chosen = backends.current()
     return checkpoint(
         layer,

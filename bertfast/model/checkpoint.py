@@ -277,7 +277,7 @@ def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -
     has_head = {part for part in PARTS if any(name.startswith(part) for name in shapes)}
     for name in [n for n in weights if n.startswith(PARTS) and not n.startswith(tuple(has_head))]:
         del weights[name]
-    _merge_aliases(file, model, weights)
+    _merge_aliases(file, model, weights, shapes)
 
     missing, unexpected = shapes.keys() - weights.keys(), weights.keys() - shapes.keys()
     fresh = [
@@ -305,7 +305,12 @@ def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -
     return fresh
 
 
-def _merge_aliases(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -> None:
+def _merge_aliases(
+    file: Path,
+    model: BertPreTrainedModel,
+    weights: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+) -> None:
     """Leave one name for each parameter that goes by two."""
     if model.get_output_embeddings() is None:
         return
@@ -318,11 +323,29 @@ def _merge_aliases(file: Path, model: BertPreTrainedModel, weights: dict[str, Te
         # An untied decoder's own bias is the one that Hugging Face computes with.
         if name not in weights or (alias == DECODER_BIAS and not tied):
             weights[name] = stored
-        elif not torch.equal(stored, weights[name]):
+            continue
+        # Before any value is read: a file of 1 KB can hold a view of 2**40 elements.
+        for key, weight in ((alias, stored), (name, weights[name])):
+            if tuple(weight.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"{file}: does not fit {type(model).__name__} with its config; shapes: {key} "
+                    f"is {tuple(weight.shape)} where the config makes it {shapes[name]}"
+                )
+        if stored.dtype != weights[name].dtype:
+            raise CheckpointError(
+                f"{file}: expected {alias} in {weights[name].dtype} as {name}, which it is tied "
+                f"to, got {stored.dtype}"
+            )
+        if not _same(stored, weights[name]):
             raise CheckpointError(
                 f"{file}: expected {alias} to equal {name}, which it is tied to, but they differ; "
                 "pass tie_word_embeddings=False to keep both"
             )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # A diverged run's NaNs are no reason to call its checkpoint damaged.
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _with_bert(name: str) -> str:
@@ -337,9 +360,15 @@ def save(
 ) -> None:
     """Write ``config.json`` and safetensors to the directory ``path``.
 
-    Every file is written under another name first and then renamed, so a crash leaves the old
-    checkpoint or the new one but no half file. Weight files of an earlier, differently sharded
-    checkpoint are removed.
+    All files are complete and on disk under other names before the first old one is touched, so
+    a failure to write leaves the old checkpoint. The renaming that follows has two forms:
+
+    * Weights in one file, with the same ``config.json`` as before: ``model.safetensors`` is read
+      before any shards, so its renaming is the one step from the old checkpoint to the new.
+    * Otherwise ``config.json`` (and an index) is removed first and comes back last. A crash in the
+      moment between leaves a directory that ``from_pretrained`` refuses, not a mixed checkpoint.
+
+    Weight files of an earlier, differently sharded checkpoint are removed.
 
     Args:
         model: any model of this package.
@@ -366,32 +395,65 @@ def save(
         total = f"{len(shards):05d}"
         names = [f"model-{i + 1:05d}-of-{total}.safetensors" for i in range(len(shards))]
 
-    written: list[tuple[Path, Path]] = []
-    try:
-        for name, shard in zip(names, shards, strict=True):
-            written.append((_temporary(directory, name), directory / name))
-            save_file(shard, written[-1][0], metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = f"{SAFETENSORS}.index.json"
-            written.append((_temporary(directory, index), directory / index))
-            written[-1][0].write_text(_index(names, shards), encoding="utf-8")
-        for temporary, final in written:
-            os.replace(temporary, final)
-    finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
-    kept = {final.name for _, final in written}
-    for file in directory.glob("model*.safetensors*"):
-        ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
-        if ours and file.name not in kept:
-            file.unlink()
     extra = {
         **model.config.extra,
         "architectures": [type(model).__name__],
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     extra.pop("torch_dtype", None)
-    model.config.replace(extra=extra).save(directory / CONFIG)
+
+    index, config = directory / f"{SAFETENSORS}.index.json", directory / CONFIG
+    written: list[tuple[Path, Path]] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            written.append((_temporary(directory, name), directory / name))
+            save_file(shard, written[-1][0], metadata={"format": "pt"})
+        if len(shards) > 1:
+            written.append((_temporary(directory, index.name), index))
+            written[-1][0].write_text(_index(names, shards), encoding="utf-8")
+        written.append((_temporary(directory, CONFIG), config))
+        model.config.replace(extra=extra).save(written[-1][0])
+        for temporary, _ in written:
+            _sync(temporary)
+        if len(shards) > 1 or not _equal_files(written[-1][0], config):
+            config.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+            _sync(directory)
+        *weight_files, (new_config, _) = written
+        for temporary, final in weight_files:
+            os.replace(temporary, final)
+        # config.json vouches for the weights: they are on disk, and alone, before it is back.
+        kept = {final.name for _, final in weight_files}
+        for file in directory.glob("model*.safetensors*"):
+            ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
+            if ours and file.name not in kept:
+                file.unlink()
+        _sync(directory)
+        os.replace(new_config, config)
+        _sync(directory)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on disk."""
+    if path.is_dir() and os.name != "posix":  # only there can a directory be opened
+        return
+    # Windows wants a writable descriptor for a file, POSIX a readable one for a directory.
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    except OSError:
+        # Some network file systems have no such call for directories.
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
+
+
+def _equal_files(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def _temporary(directory: Path, name: str) -> Path:

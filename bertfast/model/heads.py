@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.model.base import BertPreTrainedModel, init_parameter
-from bertfast.model.bert import BertModel, linear_activation
+from bertfast.model.bert import BertModel, check_linear, linear_activation
 from bertfast.model.config import BertConfig
 from bertfast.model.outputs import (
     EncoderOutput,
@@ -26,6 +26,7 @@ from bertfast.ops._checks import (
     check_integers,
     check_range,
     check_shape,
+    check_tensor,
     values_are_checked,
 )
 
@@ -58,6 +59,11 @@ class BertHeadModel(BertPreTrainedModel):
     """A ``BertModel`` under ``self.bert`` and a head on it."""
 
     bert: BertModel
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        p = config.classifier_dropout
+        self.dropout_p = config.hidden_dropout_prob if p is None else p
 
     def _init_head(self) -> None:
         """Tie first and then draw, so that the word table, drawn by ``BertModel``, stays."""
@@ -92,11 +98,9 @@ class BertHeadModel(BertPreTrainedModel):
 
     def _dropout(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """The dropout before a classifier, on the rows of ``x``."""
-        p = self.config.classifier_dropout
-        p = self.config.hidden_dropout_prob if p is None else p
         if not self.training:
             return x
-        return ops.dropout(x, p, seed=seed, site=HEAD_DROPOUT_SITE)
+        return ops.dropout(x, self.dropout_p, seed=seed, site=HEAD_DROPOUT_SITE)
 
 
 class BertPredictionTransform(nn.Module):
@@ -109,7 +113,7 @@ class BertPredictionTransform(nn.Module):
         self.hidden_act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = linear_activation(x, self.dense, self.hidden_act)
+        x = linear_activation(x, self.dense, self.hidden_act, "transform.dense")
         return ops.layernorm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
 
 
@@ -129,6 +133,7 @@ class BertPredictionHead(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of ``(T, hidden)`` against ``(T,)``; only labelled tokens cost."""
+        check_linear("predictions.decoder", self.decoder)
         labelled = (labels != IGNORED).nonzero().squeeze(1)
         hidden = self.transform(x.index_select(0, labelled))
         labels = labels.index_select(0, labelled)
@@ -362,6 +367,7 @@ class BertForSequenceClassification(BertHeadModel):
         return _finish(LogitsOutput(loss, logits), batch, out, return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_tensor("labels", labels)
         problem = self.config.problem_type
         if problem is None:
             if logits.shape[1] == 1:
@@ -547,6 +553,8 @@ def _flatten_choices(inputs: Inputs) -> tuple[Inputs, int]:
     flat: list[Any] = []
     for name, x in zip(names, inputs, strict=True):
         expected = 4 if name == "inputs_embeds" else 3
+        if x is not None:
+            check_tensor(name, x)
         if x is not None and x.dim() != expected:
             raise ValueError(
                 f"{name}: expected shape (B, choices, S{', H' if expected == 4 else ''}), "

@@ -79,14 +79,16 @@ class Batch:
         return None if tensors is None else tuple(self.pad(x) for x in tensors)
 
     def pad_attentions(self, attentions: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-        """Attention probabilities of the packed tokens, ``(B, heads, max_seqlen, max_seqlen)``, to
-        ``(B, heads, S, S)`` with zeros on padding."""
+        """Attention probabilities of packed tokens to ``(B, heads, S, S)``, zeros on padding.
+
+        They come as ``(B, heads, s, s)``, where ``s`` is the smaller of ``max_seqlen`` and ``T``.
+        """
         if attentions is None or self.padded_shape is None:
             return attentions
         sequence, column = _locate(self.cu_seqlens, self.tokens)
         padded = []
         for x in attentions:
-            x = self.pad(x[sequence, :, column])  # queries: (B, S, heads, max_seqlen)
+            x = self.pad(x[sequence, :, column])  # queries: (B, S, heads, s)
             x = self.pad(x.permute(0, 3, 1, 2)[sequence, column])  # and keys: (B, S, S, heads)
             padded.append(x.permute(0, 3, 2, 1))
         return tuple(padded)

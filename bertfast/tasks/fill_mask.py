@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from bertfast.data.vocab import special_ids
+from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
 
 MASK = "[MASK]"
 
@@ -27,10 +27,18 @@ class FillMask:
 
     ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; it is called in eval mode, without
     gradients, and left in the mode it was in. ``tokenizer``: a ``tokenizers.Tokenizer`` with BERT's
-    special tokens (see ``load_tokenizer``).
+    special tokens (see ``load_tokenizer``); padding that it adds is left out.
+
+    Raises TypeError for another model, ValueError for a tokenizer without BERT's special tokens.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: BertForMaskedLM | BertForPreTraining, tokenizer: Tokenizer) -> None:
+        # Inside torch.compile's wrapper is the model itself.
+        if not isinstance(getattr(model, "_orig_mod", model), BertForMaskedLM | BertForPreTraining):
+            raise TypeError(
+                "model: expected a BertForMaskedLM or BertForPreTraining, "
+                f"got {type(model).__name__}"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.mask_id = special_ids(tokenizer)[MASK]
@@ -50,31 +58,38 @@ class FillMask:
         The text of a candidate fills its own mask only. A piece of a word ("##ing") is attached
         to the word before it.
 
-        Raises TypeError for anything but a string; ValueError for a text without [MASK], one
-        longer than the model's positions, or a ``top_k`` outside 1..vocabulary.
+        Raises TypeError for anything but a string, or a ``top_k`` that is no integer; ValueError
+        for a text without [MASK], one longer than the model's positions, or a ``top_k`` outside
+        1..vocabulary.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a string, got {type(text).__name__}")
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
         encoding = self.tokenizer.encode(text)
-        places = [i for i, id in enumerate(encoding.ids) if id == self.mask_id]
+        # Padding that the tokenizer adds is cut off and not only masked: on the left it would
+        # shift the positions.
+        kept = [i for i, attended in enumerate(encoding.attention_mask) if attended]
+        ids = [encoding.ids[i] for i in kept]
+        type_ids = [encoding.type_ids[i] for i in kept]
+        places = [i for i, id in enumerate(ids) if id == self.mask_id]
         if not places:
             raise ValueError(f"text: expected at least one {MASK}, got {text[:80]!r}")
         config: Any = self.model.config
-        if len(encoding.ids) > config.max_position_embeddings:
+        if len(ids) > config.max_position_embeddings:
             raise ValueError(
-                f"text: expected at most {config.max_position_embeddings} tokens, "
-                f"got {len(encoding.ids)}"
+                f"text: expected at most {config.max_position_embeddings} tokens, got {len(ids)}"
             )
         if not 1 <= top_k <= config.vocab_size:
             raise ValueError(
                 f"top_k: expected 1 to {config.vocab_size} (the vocabulary), got {top_k}"
             )
-        probabilities = self._logits(encoding.ids, encoding.type_ids)[places].float().softmax(-1)
+        probabilities = self._logits(ids, type_ids)[places].float().softmax(-1)
         filled = []
         for place, row in zip(places, probabilities, strict=True):
-            scores, ids = row.topk(top_k)
-            tokens = [self.tokenizer.id_to_token(id) or "" for id in ids.tolist()]
-            start, end = encoding.offsets[place]
+            scores, best = row.topk(top_k)
+            tokens = [self.tokenizer.id_to_token(id) or "" for id in best.tolist()]
+            start, end = encoding.offsets[kept[place]]
             filled.append(
                 [
                     Filled(token, score, _put(text, start, end, token))

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ from tqdm import tqdm
 from bertfast.data.batching import group, pack, to_device
 from bertfast.data.masking import IGNORE
 from bertfast.data.pretraining import Example, PretrainingData
-from bertfast.training.checkpoint import load_checkpoint, save_checkpoint
-from bertfast.training.optim import adamw, linear_schedule
+from bertfast.training.checkpoint import read_checkpoint, restore, save_checkpoint
+from bertfast.training.optim import adamw, check_adamw, linear_schedule
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,37 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("steps, minutes: expected at least one of them, got neither")
-        for name in ("steps", "log_every", "checkpoint_every"):
+        for name, optional in (("steps", True), ("batch_sequences", True), ("batch_tokens", True),
+                               ("log_every", False), ("checkpoint_every", True),
+                               ("seed", False)):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name in ("minutes", "clip"):
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an integer, got {value!r}")
+            least = 0 if name == "seed" else 1
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in ("minutes", "clip", "lr", "warmup", "weight_decay", "eps"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is None and name == "minutes":
+                continue
+            if not _is_number(value):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
+            if name in ("minutes", "clip") and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {self.seed}")
+        for name in ("bias_correction", "bf16"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.betas, tuple | list) or not all(map(_is_number, self.betas)):
+            raise TypeError(f"betas: expected two numbers, got {self.betas!r}")
+        check_adamw(self.lr, self.betas, self.eps, self.weight_decay)
         linear_schedule(0.0, self.warmup)
         next(group([], sequences=self.batch_sequences, tokens=self.batch_tokens), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def pretrain(
@@ -96,7 +115,7 @@ def pretrain(
 
     Raises:
         ValueError: the checkpoint is damaged, or of another model, data set or config.
-        FloatingPointError: the loss became infinite or NaN; it is not saved.
+        FloatingPointError: the loss or the gradient became infinite or NaN; it is not saved.
     """
     device = next(model.parameters()).device
     optimizer = adamw(
@@ -108,7 +127,7 @@ def pretrain(
         bias_correction=config.bias_correction,
     )
     run = {"config": asdict(config), "data": data.fingerprint()}
-    state = _State(recent=torch.zeros(3, device=device))
+    state = _State(recent=torch.zeros(4, device=device))
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -129,7 +148,7 @@ def pretrain(
                     for parameters in optimizer.param_groups:
                         parameters["lr"] = config.lr * factor
                     batch = to_device(pack(batches[state.batch]), device)
-                    state.recent += training_step(model, optimizer, batch, config.clip, config.bf16)
+                    state.recent += _step(model, optimizer, batch, config.clip, config.bf16)
                     state.step += 1
                     state.batch += 1
                     state.tokens += batch["input_ids"].numel()
@@ -162,23 +181,34 @@ def training_step(
     Returns the loss, its masked-token part and its next-sentence part: fp32 ``(3,)``, in nats,
     on the device (reading it is left to the caller, so that a GPU need not be waited for).
     """
+    return _step(model, optimizer, batch, clip, bf16)[:3]
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Any],
+    clip: float,
+    bf16: bool,
+) -> Tensor:
+    """What ``training_step`` says, and as a fourth number the gradient's norm before clipping."""
     device = batch["input_ids"].device
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         out = model(**batch)
     optimizer.zero_grad(set_to_none=True)
     out.loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     loss = out.loss.detach().float()
     logits = out.seq_relationship_logits.detach().float()
     nsp_loss = F.cross_entropy(logits, batch["next_sentence_label"])
-    return torch.stack([loss, loss - nsp_loss, nsp_loss])
+    return torch.stack([loss, loss - nsp_loss, nsp_loss, norm.float()])
 
 
 @dataclass
 class _State:
-    """Where a run is; ``batch`` counts within the epoch, ``recent`` sums the losses since the
-    last entry of the history."""
+    """Where a run is; ``batch`` counts within the epoch, ``recent`` sums the losses and the
+    gradient's norms since the last entry of the history."""
 
     recent: Tensor
     step: int = 0
@@ -197,11 +227,12 @@ def _progress(config: TrainingConfig, state: _State, ahead: float = 0.0) -> floa
 
 def _log(state: _State, optimizer: torch.optim.Optimizer, bar: "tqdm[Any]") -> None:
     steps = state.step - (state.history[-1]["step"] if state.history else 0)
-    loss, mlm_loss, nsp_loss = (state.recent / steps).tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} at step {state.step}; a lower learning rate may help"
-        )
+    loss, mlm_loss, nsp_loss, norm = (state.recent / steps).tolist()
+    for name, value in (("loss", loss), ("gradient's norm", norm)):
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {name} is {value} at step {state.step}; a lower learning rate may help"
+            )
     state.history.append(
         {
             "step": state.step,
@@ -237,7 +268,9 @@ def _save(
     if checkpoint is None:
         return
     if not state.recent.isfinite().all():
-        raise FloatingPointError(f"the loss became infinite or NaN before step {state.step}")
+        raise FloatingPointError(
+            f"the loss or the gradient became infinite or NaN up to step {state.step}"
+        )
     save_checkpoint(checkpoint, model, optimizer, {"run": run, "state": vars(state)})
 
 
@@ -247,18 +280,33 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     run: dict[str, Any],
 ) -> _State:
-    progress = load_checkpoint(checkpoint, model, optimizer)
+    """Compare everything first, so that a refused checkpoint leaves the model as it was."""
+    content = read_checkpoint(checkpoint, model, optimizer)
+    state = _saved_state(os.fspath(checkpoint), content["progress"])
     for kind, now in run.items():
-        saved = progress["run"][kind]
+        saved = content["progress"]["run"][kind]
         for name in now:
             if now[name] != saved.get(name):
                 raise ValueError(
                     f"{os.fspath(checkpoint)}: expected a checkpoint of this run, got one with "
                     f"{kind} {name}={saved.get(name)!r} instead of {now[name]!r}"
                 )
-    state = _State(**progress["state"])
+    restore(content, model, optimizer)
     state.recent = state.recent.to(next(model.parameters()).device)
     return state
+
+
+def _saved_state(path: str, progress: Any) -> _State:
+    parts = {"run": {"config", "data"}, "state": {f.name for f in fields(_State)}}
+    sound = isinstance(progress, dict) and all(
+        isinstance(progress.get(part), dict) and progress[part].keys() == names
+        for part, names in parts.items()
+    )
+    if sound and all(isinstance(part, dict) for part in progress["run"].values()):
+        recent = progress["state"]["recent"]
+        if isinstance(recent, Tensor) and recent.shape == (4,) and recent.dtype == torch.float32:
+            return _State(**progress["state"])
+    raise ValueError(f"{path}: expected a checkpoint of pretrain, got one with another progress")
 
 
 @torch.no_grad()

@@ -92,15 +92,20 @@ def adamw(
     Raises ValueError for a rate, eps or decay that is negative or not finite, or betas outside [0,
     1).
     """
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+    check_adamw(lr, betas, eps, weight_decay)
     groups = parameter_groups(model, weight_decay)
     if bias_correction:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     return AdamWithoutBiasCorrection(groups, lr=lr, betas=betas, eps=eps)
+
+
+def check_adamw(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise what ``adamw`` raises for these."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
 
 
 def linear_schedule(progress: float, warmup: float = 0.1) -> float:

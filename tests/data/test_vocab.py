@@ -48,7 +48,9 @@ def test_vocab_is_the_same_in_every_process() -> None:
         "vocab = train_vocab(builtin_documents()[:20], 700).get_vocab()\n"
         "print(sorted(vocab, key=vocab.get))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     vocab = train_vocab(builtin_documents()[:20], 700).get_vocab()
     assert run.stdout.strip() == str(sorted(vocab, key=lambda token: vocab[token]))
 
@@ -118,3 +120,31 @@ def test_encode_documents() -> None:
     # Text that looks like a special token stays text.
     assert not set(encoded[1][0].tolist()) & {2, 3, 4}
     assert tokenizer.encode("[MASK]").ids == [2, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.txt", b"[PAD]\n\xff\n", r"vocab\.txt: expected UTF-8 text, got: "),
+        ("vocab.txt", b"[PAD]\n[UNK]\na\n", r"vocab\.txt: tokenizer: expected the special tokens"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json: expected JSON, got: "),
+        ("tokenizer_config.json", b"\xff", r"tokenizer_config\.json: expected UTF-8 text, got: "),
+        ("tokenizer_config.json", b"[1]", r"tokenizer_config\.json: expected an object .* \[1\]"),
+        ("tokenizer_config.json", b'{"do_lower_case": "no"}', r"true or false, got .*'no'"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message) -> None:
+    save_tokenizer(train_vocab(TEXT * 3, 150), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_tokenizer_without_special_tokens_is_named(tmp_path) -> None:
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(train_vocab(TEXT * 3, 150), tmp_path)
+    path.write_text(path.read_text().replace("[MASK]", "[GAP]"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: tokenizer: .* none for \['\[MASK\]'\]"):
+        load_tokenizer(tmp_path)

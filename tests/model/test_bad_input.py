@@ -200,3 +200,24 @@ def test_models_want_a_config(tiny_config):
         bertfast.BertForMaskedLM(broken)
     with pytest.raises(ValueError, match=r"^num_labels: expected 2 for question answering.*got 3$"):
         bertfast.BertForQuestionAnswering(tiny_config(num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("BertForSequenceClassification", "labels"),
+        ("BertForMultipleChoice", "labels"),
+        ("BertForMultipleChoice", "attention_mask"),
+        ("BertForTokenClassification", "labels"),
+        ("BertForNextSentencePrediction", "labels"),
+        ("BertForMaskedLM", "labels"),
+        ("BertForPreTraining", "next_sentence_label"),
+        ("BertForQuestionAnswering", "end_positions"),
+    ],
+)
+def test_lists_are_no_tensors(name, argument, tiny_config):
+    model = getattr(bertfast, name)(tiny_config(num_labels=2))
+    ids = IDS.unsqueeze(1) if "Choice" in name else IDS
+    more = {"start_positions": torch.zeros(2).long()} if "Question" in name else {}
+    with pytest.raises(TypeError, match=rf"^{argument}: expected a tensor, got list"):
+        model(ids, **more, **{argument: [0, 1]})

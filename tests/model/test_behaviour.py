@@ -331,3 +331,92 @@ def test_compiles_in_one_graph_on_packed_input(tiny_config):
     torch.testing.assert_close(
         compiled(ids, **kwargs).last_hidden_state, expected, rtol=1e-5, atol=1e-5
     )
+
+
+def test_dropout_is_what_the_model_was_built_with(model, step):
+    """A config edited later changes no probability, and so leaves nothing without its seed."""
+    expected = step(model, seed=1)
+    for name in DROPPING:
+        setattr(model.config, name, 0.0)
+    assert same(expected, step(model, seed=1))
+    step(model)
+
+
+def test_a_part_in_training_mode_drops_out(model, step):
+    clean = step(model.eval(), seed=1)
+    model.bert.encoder.layer[0].train()
+    dropped = step(model, seed=1)
+    assert not same(clean, dropped)
+    assert not same(dropped, step(model))  # a seed is drawn
+    state = torch.get_rng_state()
+    model.train().bert.eval()
+    assert same(clean, step(model, seed=1))
+    torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_take_the_seed(device, tiny_config):
+    model = bertfast.BertModel(tiny_config(**DROPPING))
+    ids = torch.randint(37, (2, 5))
+    expected = model(ids, seed=1).last_hidden_state
+    with torch.device(device):
+        assert model.dropout_seed(1, ids.device).item() == 1
+        assert model.dropout_seed(None, ids.device).device.type == "cpu"
+        got = model(ids, seed=1).last_hidden_state
+    assert got.equal(expected)
+
+
+def test_checkpointing_compiles(tiny_config):
+    model = bertfast.BertModel(tiny_config(**DROPPING))
+    ids, cu_seqlens = torch.randint(37, (9,)), torch.tensor([0, 4, 9], dtype=torch.int32)
+    kwargs = {"cu_seqlens": cu_seqlens, "max_seqlen": 5, "seed": torch.tensor([3])}
+    expected = []
+    for compiled in (False, True):
+        model.gradient_checkpointing_enable()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        model.zero_grad()
+        run(ids, **kwargs).last_hidden_state.square().sum().backward()
+        expected.append(model.encoder.layer[0].attention.self.query.weight.grad.clone())
+    torch.testing.assert_close(*expected, rtol=1e-4, atol=1e-4)
+
+
+class Wrapped(torch.nn.Linear):
+    """As LoRA's layers: its parameters alone do not say what it computes."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("bert.encoder.layer.1.attention.self.key", r"attention\.self\.key"),
+        ("bert.encoder.layer.0.intermediate.dense", r"intermediate\.dense"),
+        ("cls.predictions.transform.dense", r"transform\.dense"),
+        ("cls.predictions.decoder", r"predictions\.decoder"),
+    ],
+)
+def test_a_replaced_linear_is_refused_where_its_weight_is_read(where, name, model, step):
+    parent, _, child = where.rpartition(".")
+    linear = model.get_submodule(where)
+    wrapped = Wrapped(linear.in_features, linear.out_features).double()
+    setattr(model.get_submodule(parent), child, wrapped)
+    with pytest.raises(TypeError, match=rf"^{name}: expected an nn\.Linear, .*, got Wrapped"):
+        step(model)
+
+
+def test_a_parametrized_linear_is_read_as_parametrized(model, make_inputs):
+    kwargs = make_inputs(model.config).kwargs
+    model.eval()
+    query = model.bert.encoder.layer[0].attention.self.query
+    plain = model(**kwargs).prediction_logits
+    torch.nn.utils.parametrize.register_parametrization(query, "weight", Doubled())
+    parametrized = model(**kwargs).prediction_logits
+    torch.nn.utils.parametrize.remove_parametrizations(query, "weight")
+    assert not parametrized.equal(plain)
+    assert parametrized.equal(model(**kwargs).prediction_logits)

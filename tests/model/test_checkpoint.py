@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pathlib
 import re
 import warnings
 
@@ -160,6 +162,62 @@ def test_a_failed_save_leaves_the_old_checkpoint(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(directory, max_shard_size=5000)
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
+
+
+@pytest.mark.parametrize("old_size", [5000, "1GB"])
+@pytest.mark.parametrize("new_size", [5000, "1GB"])
+@pytest.mark.parametrize("same_config", [False, True])
+def test_an_interrupted_save_mixes_nothing(old_size, new_size, same_config, saved, monkeypatch):
+    """Stopped before each of its renames and removals: the old weights, the new, or a refusal."""
+    model, directory = saved
+    old = copy.deepcopy(model)
+    new = copy.deepcopy(model)
+    if not same_config:
+        new.config.hidden_act = "relu"
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1)
+    replace, unlink = os.replace, pathlib.Path.unlink
+    left = 0
+
+    def counted(act):
+        def run(path, *more, **options):
+            nonlocal left
+            if not pathlib.Path(path).name.endswith(".tmp") or act is replace:
+                if left == 0 and pathlib.Path(path).parent == directory:
+                    raise OSError("killed")
+                left -= 1
+            return act(path, *more, **options)
+
+        return run
+
+    outcomes = set()
+    for steps in range(200):
+        left = -1
+        old.save_pretrained(directory, max_shard_size=old_size)
+        left = steps
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(replace))
+            patch.setattr(pathlib.Path, "unlink", counted(unlink))
+            try:
+                new.save_pretrained(directory, max_shard_size=new_size)
+                done = True
+            except OSError:
+                done = False
+        try:
+            loaded = bertfast.BertForPreTraining.from_pretrained(directory)
+        except CheckpointError:
+            outcomes.add("refused")
+        else:
+            is_new = loaded.bert.pooler.dense.bias.equal(new.bert.pooler.dense.bias)
+            outcomes.add("new" if is_new else "old")
+            assert_loaded(loaded, new if is_new else old)
+            assert loaded.config.hidden_act == (new if is_new else old).config.hidden_act
+        if done:
+            break
+    assert done
+    assert {"old", "new"} <= outcomes
+    assert ("refused" in outcomes) == (not same_config or new_size == 5000)
 
 
 def test_saving_says_what_it_saved(saved):
@@ -395,3 +453,25 @@ def test_paths(saved):
         load(directory)
     (directory / "tf_model.h5").rename(directory / "model.safetensors")
     assert load(str(directory)).config == load(directory).config
+
+
+def test_the_shapes_of_tied_names_come_before_their_values(saved):
+    """Views of 2**40 elements in a file of 1 KB must not be compared element by element."""
+    _, directory = saved
+    (directory / "model.safetensors").unlink()
+    huge = torch.zeros(1).expand(2**40)
+    names = ("cls.predictions.decoder.bias", "cls.predictions.bias")
+    torch.save(dict.fromkeys(names, huge), directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"shapes: cls\.predictions\.decoder\.bias is \(109"):
+        bertfast.BertForPreTraining.from_pretrained(directory)
+
+
+def test_tied_names_of_other_dtypes_and_nans(saved):
+    _, directory = saved
+    alias, bias = "cls.predictions.decoder.bias", "cls.predictions.bias"
+    rewrite(directory, lambda t: {**t, bias: t[bias].fill_(torch.nan), alias: t[bias].clone()})
+    model = bertfast.BertForPreTraining.from_pretrained(directory)
+    assert model.cls.predictions.bias.isnan().all()
+    rewrite(directory, lambda t: {**t, alias: t[bias].half()})
+    with pytest.raises(CheckpointError, match=r"decoder\.bias in torch\.float32 as cls\.pred"):
+        bertfast.BertForPreTraining.from_pretrained(directory)

@@ -75,3 +75,22 @@ def test_several_masks(model, tokenizer) -> None:
 def test_refuses(model, tokenizer, text, top_k, error, message) -> None:
     with pytest.raises(error, match=message):
         FillMask(model, tokenizer)(text, top_k)
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_padding_by_the_tokenizer_changes_nothing(model, tokenizer, direction) -> None:
+    fill = FillMask(model, tokenizer)
+    expected = fill("the [MASK] sat", top_k=3)
+    tokenizer.enable_padding(length=12, direction=direction)
+    try:
+        assert fill("the [MASK] sat", top_k=3) == expected
+    finally:
+        tokenizer.no_padding()
+
+
+def test_refuses_other_models_and_counts(model, tokenizer) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a BertForMaskedLM or .*, got BertModel"):
+        FillMask(model.bert, tokenizer)
+    for top_k in (1.5, True, "2"):
+        with pytest.raises(TypeError, match="top_k: expected an integer, got"):
+            FillMask(model, tokenizer)("[MASK]", top_k)

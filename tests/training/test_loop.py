@@ -125,6 +125,25 @@ def test_resuming_another_run_is_refused(new_model, toy_data, tmp_path) -> None:
         pretrain(new_model(), other, settings(steps=2), checkpoint=path, resume=True)
 
 
+def test_a_refused_checkpoint_changes_nothing(new_model, toy_data, tmp_path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    pretrain(new_model(), toy_data, settings(steps=2), checkpoint=path, progress=False)
+    model = new_model(seed=1)
+    before = state(model)
+    content = torch.load(path, weights_only=True)
+    foreign = [
+        content["progress"],
+        {"step": 1},
+        {**content["progress"], "state": {}},
+        {**content["progress"], "run": {"config": {}, "data": 1}},
+    ]
+    for progress in foreign:
+        torch.save({**content, "progress": progress}, path)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint of"):
+            pretrain(model, toy_data, settings(steps=3), checkpoint=path, resume=True)
+        assert same(before, state(model))
+
+
 def test_time_budget_ends(new_model, toy_data) -> None:
     config = settings(steps=None, minutes=0.5 / 60, log_every=1)
     history = pretrain(new_model(), toy_data, config, progress=False)
@@ -142,6 +161,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(new_model, toy_data, tm
     with pytest.raises(FloatingPointError):
         pretrain(model, toy_data, config, checkpoint=path, progress=False)
     assert not path.exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(new_model, toy_data, tmp_path) -> None:
+    """In the last step, where no loss is computed from the spoilt parameters."""
+    model = new_model()
+    calls = 0
+
+    def spoil(gradient):
+        nonlocal calls
+        calls += 1
+        return gradient * math.nan if calls == 3 else gradient
+
+    model.cls.seq_relationship.bias.register_hook(spoil)
+    path = tmp_path / "checkpoint.pt"
+    for changes in ({"log_every": 1}, {"log_every": 5}, {"log_every": 5, "checkpoint_every": 3}):
+        calls = 0
+        with pytest.raises(FloatingPointError, match="gradient"):
+            pretrain(model, toy_data, settings(steps=3, **changes), checkpoint=path, progress=False)
+        assert not path.exists()
+        model.load_state_dict(new_model().state_dict())
 
 
 def test_bf16_autocast_trains(new_model, toy_data) -> None:
@@ -180,4 +219,23 @@ def test_evaluate_does_not_depend_on_batches_and_keeps_the_mode(new_model, toy_d
 )
 def test_config_refuses(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"steps": 1.5}, TypeError, "steps: expected an integer, got 1.5"),
+        ({"steps": "5"}, TypeError, "steps: expected an integer, got '5'"),
+        ({"log_every": None}, TypeError, "log_every: expected an integer, got None"),
+        ({"minutes": "5"}, TypeError, "minutes: expected a number, got '5'"),
+        ({"lr": -1}, ValueError, "lr: expected a finite number of at least 0, got -1"),
+        ({"eps": math.nan}, ValueError, "eps: expected a finite number"),
+        ({"betas": (2,)}, ValueError, r"betas: expected two numbers in \[0, 1\), got \(2,\)"),
+        ({"betas": 0.9}, TypeError, "betas: expected two numbers, got 0.9"),
+        ({"bf16": "no"}, TypeError, "bf16: expected True or False, got 'no'"),
+    ],
+)
+def test_config_refuses_what_only_fails_later(changes, error, message) -> None:
+    with pytest.raises(error, match=message):
         settings(**changes)
