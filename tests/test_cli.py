@@ -19,7 +19,7 @@ TINY += ["--length", "32", "--batch-tokens", "256"]
 def command(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "bertfast", *arguments],
+        [sys.executable, "-P", "-m", "bertfast", *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -84,7 +84,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from bertfast.cli import main; main(['demo', '--help'])\n"
         "assert not {'torch', 'numpy', 'tokenizers'} & set(sys.modules), 'heavy import'"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
@@ -149,11 +149,13 @@ def test_env(capsys) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_ctrl_c_is_130_without_a_traceback(tmp_path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "bertfast", "demo", "--out", str(tmp_path / "demo")],
+        [sys.executable, "-P", "-m", "bertfast", "demo", "--out", str(tmp_path / "demo")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background job, as which the tests may run, has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -173,7 +175,7 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path) -> None:
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     run = subprocess.run(
-        f"{sys.executable} -m bertfast env | head -n 1",
+        f"{sys.executable} -P -m bertfast env | head -n 1",
         shell=True,
         capture_output=True,
         text=True,

@@ -60,6 +60,7 @@ class Mutants:
                 self.folder / f"mutant{self.count}",
                 isas=[isa],
                 build_dir=self.folder / "objects",
+                werror=False,  # a mutation may well leave something unused
             )
         finally:
             path.write_text(text)
