@@ -135,11 +135,11 @@ def report(data: dict[str, Any], source: str) -> str:
             f"{copy_bandwidth(rows, 256) / 1e9:.0f} GB/s between buffers of 256 MB, "
             f"{copy_bandwidth(rows, 12) / 1e9:.0f} GB/s at 12 MB and "
             f"{copy_bandwidth(rows, 3) / 1e9:.0f} GB/s at 3 MB, which stay in the cache; "
-            f"For all alike, glibc is told to keep freed memory "
-            "([allocator.py](bertfast/allocator.py); elsewhere set "
+            f"`F.linear` runs at {' (float32) and '.join(rates)} (bfloat16) GFLOP/s. "
+            "For all implementations alike, glibc is told to keep freed memory "
+            "([allocator.py](bertfast/allocator.py); in a process of your own set "
             "`MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432`): without it page "
-            "faults can cost more than the kernels do. "
-            f"`F.linear` runs at {' (float32) and '.join(rates)} (bfloat16) GFLOP/s.",
+            "faults can cost more than the kernels do.",
             "**BERT-base inference**, the same weights and the same padded batch",
             model_table(rows, "inference"),
             "**BERT-base pre-training step**, forward and backward, dropout 0.1",

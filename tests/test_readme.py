@@ -29,6 +29,25 @@ def test_the_tables_are_what_the_committed_json_says():
     )
 
 
+def test_the_committed_figures_meet_the_targets():
+    report = _report()
+    (source,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
+    rows = report.rows_of(report.load(source))
+    memory = report.copy_bandwidth(rows, 256)
+    for word in ("gelu", "layernorm"):
+        calls = report.by_group(rows, f"{word} overhead")[f"{word} overhead"]
+        assert calls["launcher"]["seconds"] <= 6e-6
+        assert calls["grad"]["seconds"] <= 20e-6
+        for way in ("forward", "backward"):
+            for name, group in report.by_group(rows, f"{word} {way}").items():
+                ours = group["bertfast"]
+                assert ours["seconds"] < group["eager"]["seconds"], name
+                if ours["dtype"] == "float32" and ours["case"] in ("none", "p0.0"):
+                    assert ours["bytes"] / ours["seconds"] >= 0.6 * memory, name
+    for name, group in report.by_group(rows, "inference 32 of mean 34").items():
+        assert group["transformers"]["seconds"] >= 3 * group["bertfast"]["seconds"], name
+
+
 def test_the_example_runs(tmp_path):
     (code,) = re.findall(r"## Ten lines\n\n```python\n(.*?)```", README, re.DOTALL)
     folder = tmp_path / "bertfast-demo"
