@@ -155,7 +155,9 @@ def pretrain(
                     state.seconds = time.perf_counter() - start
                     if state.step % config.log_every == 0:
                         _log(state, optimizer, bar)
-                    bar.update((state.seconds if config.steps is None else state.step) - bar.n)
+                    done = state.seconds if config.steps is None else state.step
+                    # The last step of a time budget ends a little after it.
+                    bar.update(min(done, bar.total) - bar.n)
                     if config.checkpoint_every and state.step % config.checkpoint_every == 0:
                         _save(checkpoint, model, optimizer, run, state)
                 if state.batch == len(batches):
