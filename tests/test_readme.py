@@ -49,7 +49,9 @@ def test_the_committed_figures_meet_the_targets():
 
 
 def test_the_example_runs(tmp_path):
-    (code,) = re.findall(r"## Ten lines\n\n```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(
+        r"## Ten lines\n\n[^`\n]+`make demo`[^\n]+\n\n```python\n(.*?)```", README, re.DOTALL
+    )
     folder = tmp_path / "bertfast-demo"
     folder.mkdir()
     tokenizer = train_vocab(builtin_documents()[:3], 300)

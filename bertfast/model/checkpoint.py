@@ -257,8 +257,7 @@ def _canonical(file: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, weight in stored.items():
-        new = f"bert.{name}" if name.startswith(BODY) else name
-        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", new))
+        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", _with_bert(name)))
         if new in BUFFERS:
             continue
         if new in weights:

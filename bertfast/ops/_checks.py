@@ -64,6 +64,17 @@ def check_parameter(
     check_device(name, value, like_name, like)
 
 
+def check_norm(
+    weight: Tensor, bias: Tensor, eps: float, columns: int, like_name: str, like: Tensor
+) -> None:
+    """LayerNorm's parameters, both ``(columns,)`` and of one dtype, and its ``eps``."""
+    check_parameter("weight", weight, (columns,), like_name, like)
+    check_parameter("bias", bias, (columns,), like_name, like)
+    if weight.dtype != bias.dtype:
+        raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
+    check_number("eps", eps, least=0.0)
+
+
 def check_seed(seed: Tensor | None, like_name: str, like: Tensor) -> None:
     if seed is None:
         raise ValueError(

@@ -39,7 +39,6 @@ class Operator:
         save: Callable[[Any, Sequence[Any], Sequence[Tensor]], None],
         gradients: Callable[[Any, Tensor, Callable[..., Any]], tuple[Tensor | None, ...]],
     ) -> None:
-        self.word = word
         forward, backward = _outside_autocast(forward), _outside_autocast(backward)
         self.forward = forward
         self.function = _function(word, forward, backward, save, gradients)

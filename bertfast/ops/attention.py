@@ -13,13 +13,11 @@ from bertfast.ops._checks import (
     check_integer,
     check_like,
     check_number,
-    check_seed,
     check_shape,
-    check_site,
     values_are_checked,
 )
 from bertfast.ops._operator import Operator
-from bertfast.ops.dropout import dropout_threshold
+from bertfast.ops.dropout import dropout_arguments
 
 MAX_HEAD_DIM = 256
 
@@ -409,10 +407,5 @@ def _options(
         raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
     if scale is not None:
         check_number("scale", scale)
-    threshold = dropout_threshold(dropout_p)
-    if threshold > 0:
-        check_seed(seed, "q" if x.dim() == 3 else "qkv", x)
-        check_site(site)
-    else:
-        seed = None
+    threshold, seed = dropout_arguments(dropout_p, seed, site, "q" if x.dim() == 3 else "qkv", x)
     return seed, threshold, 1.0 / math.sqrt(x.shape[-1]) if scale is None else float(scale)

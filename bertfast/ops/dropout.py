@@ -44,6 +44,21 @@ def dropout_scale(threshold: int) -> float:
     return LANES / (LANES - threshold) if threshold < LANES else 0.0
 
 
+def dropout_arguments(
+    p: float, seed: Tensor | None, site: int, like_name: str, like: Tensor
+) -> tuple[int, Tensor | None]:
+    """An op's ``dropout_p``, ``seed`` and ``site``, checked: the threshold and the seed to use.
+
+    The seed is None, whatever was given, where nothing is drawn.
+    """
+    threshold = dropout_threshold(p)
+    if threshold == 0:
+        return 0, None
+    check_seed(seed, like_name, like)
+    check_site(site)
+    return threshold, seed
+
+
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-7 on broadcastable int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter

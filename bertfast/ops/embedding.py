@@ -10,16 +10,13 @@ from bertfast.ops._checks import (
     check_integer,
     check_integers,
     check_like,
-    check_number,
-    check_parameter,
+    check_norm,
     check_range,
-    check_seed,
     check_shape,
-    check_site,
     values_are_checked,
 )
 from bertfast.ops._operator import Operator
-from bertfast.ops.dropout import dropout_threshold
+from bertfast.ops.dropout import dropout_arguments
 
 
 def _forward(
@@ -236,23 +233,14 @@ def embedding(
             check_integers(name, ids)
             check_shape(name, ids, tuple(input_ids.shape))
             check_device(name, ids, "word", word)
-    check_parameter("weight", weight, (columns,), "word", word)
-    check_parameter("bias", bias, (columns,), "word", word)
-    if weight.dtype != bias.dtype:
-        raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
-    check_number("eps", eps, least=0.0)
+    check_norm(weight, bias, eps, columns, "word", word)
     if padding_idx is not None:
         check_integer("padding_idx", padding_idx)
     if padding_idx is not None and not 0 <= padding_idx < word.shape[0]:
         raise ValueError(
             f"padding_idx: expected a row of word, 0 to {word.shape[0] - 1}, got {padding_idx}"
         )
-    threshold = dropout_threshold(dropout_p)
-    if threshold > 0:
-        check_seed(seed, "word", word)
-        check_site(site)
-    else:
-        seed = None
+    threshold, seed = dropout_arguments(dropout_p, seed, site, "word", word)
     device = word.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else word.dtype
     return _embedding(

@@ -4,17 +4,9 @@ import torch
 from torch import Tensor
 
 from bertfast.backends import choose, kernel
-from bertfast.ops._checks import (
-    check_floating,
-    check_like,
-    check_number,
-    check_parameter,
-    check_seed,
-    check_shape,
-    check_site,
-)
+from bertfast.ops._checks import check_floating, check_like, check_norm, check_shape
 from bertfast.ops._operator import Operator
-from bertfast.ops.dropout import dropout_threshold
+from bertfast.ops.dropout import dropout_arguments
 
 
 def _forward(
@@ -136,20 +128,11 @@ def layernorm(
     check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., C) with C >= 1, got {tuple(x.shape)}")
-    check_parameter("weight", weight, (x.shape[-1],), "x", x)
-    check_parameter("bias", bias, (x.shape[-1],), "x", x)
-    if weight.dtype != bias.dtype:
-        raise TypeError(f"bias: expected {weight.dtype} as weight, got {bias.dtype}")
-    check_number("eps", eps, least=0.0)
+    check_norm(weight, bias, eps, x.shape[-1], "x", x)
     if residual is not None:
         check_like("residual", residual, "x", x)
         check_shape("residual", residual, x.shape)
-    threshold = dropout_threshold(dropout_p)
-    if threshold > 0:
-        check_seed(seed, "x", x)
-        check_site(site)
-    else:
-        seed = None
+    threshold, seed = dropout_arguments(dropout_p, seed, site, "x", x)
     return _layernorm(
         x,
         weight,

@@ -112,8 +112,8 @@ inline float sum(Floats v) {
   return lanes[0];
 }
 
-// Calls body(column, io) for the columns of [begin, end), a vector at a time; io loads and stores a
-// full vector, or at the end only the elements that are there.
+// How for_columns lets its body load and store: a full vector, or at the end only the elements that
+// are there.
 struct Full {
   template <class T>
   static Floats get(const T* p) {
@@ -145,6 +145,7 @@ struct First {
   }
 };
 
+// Calls body(column, io) for the columns of [begin, end), a vector at a time; io is Full or First.
 template <class Body>
 inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, Body body) {
   int64_t column = begin;
