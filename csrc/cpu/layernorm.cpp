@@ -1,48 +1,16 @@
 // layernorm: s = residual + dropout(x), y = (s - mean) * rstd * weight + bias, and its gradients.
-#include <cmath>
-#include <cstdlib>
-
 #include "dropout.h"
 #include "kernels.h"
+#include "norm.h"
 #include "parallel.h"
 #include "vector.h"
 
 namespace bertfast {
 namespace {
 
-// A row in float, on the stack where it fits.
-class Row {
- public:
-  explicit Row(int64_t columns)
-      : data_(columns <= near ? near_
-                              : static_cast<float*>(
-                                    std::malloc(sizeof(float) * static_cast<size_t>(columns)))) {}
-  ~Row() {
-    if (data_ != near_) std::free(data_);
-  }
-  Row(const Row&) = delete;
-  Row& operator=(const Row&) = delete;
-  float* data() { return data_; }
-
- private:
-  static constexpr int64_t near = 4096;
-  float near_[near];
-  float* data_;
-};
-
-// Asks for what is needed next while the memory has nothing to do: the later passes over a row run
-// from the cache. An address behind the end is harmless.
-template <class T>
-inline void prefetch(const T* p, int64_t offset) {
-  // As a number: a pointer may not even be formed behind the end.
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + sizeof(T) * static_cast<uint64_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-}
-
 template <class T, class P>
 bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
   const int64_t columns = a.columns;
-  const float per_column = 1.0f / static_cast<float>(columns);
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
   const P* weight = static_cast<const P*>(a.weight);
@@ -56,8 +24,7 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const int64_t offset = r * columns;
     Floats sums = {};
-    for (int64_t first = 0; first < columns; first += RowMask::piece) {
-      const int64_t last = first + RowMask::piece < columns ? first + RowMask::piece : columns;
+    for_pieces(columns, [&](int64_t first, int64_t last) {
       if (a.seed) mask.draw(r, first, last - first);
       for_columns(first, last, [&](int64_t c, auto io) {
         Floats v = io.get(x + offset + c);
@@ -69,125 +36,52 @@ bool forward_rows(const LayernormForward& a, int64_t begin, int64_t end) {
         if (total) io.put(total + offset + c, v);
         sums += io.counted(v);
       });
-    }
-    // A second pass over the row, which is still in the first-level cache: the difference of the
-    // mean square and the squared mean would lose all digits where the mean is large. The sum of
-    // the differences is what rounding left out of the mean.
-    const float about = sum(sums) * per_column;
-    Floats differences = {}, squares = {};
-    for_columns(0, columns, [&](int64_t c, auto io) {
-      prefetch(x, offset + columns + c);
-      const Floats d = io.counted(io.get(row + c) - about);
-      differences += d;
-      squares += d * d;
     });
-    const float correction = sum(differences) * per_column;
-    const float mean = about + correction;
-    const float variance = sum(squares) * per_column - correction * correction;
-    const float rstd = 1.0f / std::sqrt((variance > 0.0f ? variance : 0.0f) + a.eps);
+    const Statistics statistics = row_statistics(
+        row, columns, sums, a.eps, [&](int64_t c) { prefetch(x, offset + columns + c); });
     for_columns(0, columns, [&](int64_t c, auto io) {
       if (residual) prefetch(residual, offset + columns + c);
-      const Floats xhat = (io.get(row + c) - mean) * rstd;
+      const Floats xhat = statistics.xhat(io.get(row + c));
       io.put(out + offset + c, xhat * io.get(weight + c) + io.get(bias + c));
     });
-    a.statistics[r] = mean;
-    a.statistics[a.rows + r] = rstd;
+    a.statistics[r] = statistics.mean;
+    a.statistics[a.rows + r] = statistics.rstd;
   }
   return true;
 }
 
-// Rows taken together in backward, so that the sums over rows are loaded and stored once for all:
-// measured 20 % faster than one row at a time.
-constexpr int rows_together = 4;
-
-template <class T, class P, int count>
-void backward_rows(const LayernormBackward& a, int64_t first_row, float* dweight, float* dbias,
-                   RowMask* masks) {
-  const int64_t columns = a.columns;
-  const T* dout = static_cast<const T*>(a.dout) + first_row * columns;
-  const T* total = static_cast<const T*>(a.total) + first_row * columns;
-  const P* weight = static_cast<const P*>(a.weight);
-  T* dx = static_cast<T*>(a.dx) + first_row * columns;
-  T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + first_row * columns : nullptr;
-  const float* mean = a.statistics + first_row;
-  const float* rstd = mean + a.rows;
-  Floats g_sums[count] = {}, gx_sums[count] = {};
-  for_columns(0, columns, [&](int64_t c, auto io) {
-    const Floats w = io.get(weight + c);
-    for (int r = 0; r < count; ++r) {
-      const Floats g = rounded(io.get(dout + r * columns + c) * w);
-      const Floats xhat = (io.get(total + r * columns + c) - mean[r]) * rstd[r];
-      g_sums[r] += g;
-      gx_sums[r] += g * xhat;
-    }
-  });
-  float mean_g[count], mean_gx[count];
-  for (int r = 0; r < count; ++r) {
-    mean_g[r] = sum(g_sums[r]) / static_cast<float>(columns);
-    mean_gx[r] = sum(gx_sums[r]) / static_cast<float>(columns);
-  }
-  for (int64_t first = 0; first < columns; first += RowMask::piece) {
-    const int64_t last = first + RowMask::piece < columns ? first + RowMask::piece : columns;
-    if (a.seed)
-      for (int r = 0; r < count; ++r) masks[r].draw(first_row + r, first, last - first);
-    for_columns(first, last, [&](int64_t c, auto io) {
-      const Floats w = io.get(weight + c);
-      Floats dw = io.get(dweight + c), db = io.get(dbias + c);
-      for (int r = 0; r < count; ++r) {
-        const int64_t at = r * columns + c;
-        prefetch(dout, at + count * columns);
-        prefetch(total, at + count * columns);
-        const Floats dy = io.get(dout + at);
-        const Floats xhat = (io.get(total + at) - mean[r]) * rstd[r];
-        dw += dy * xhat;
-        db += dy;
-        // One column: g is its own mean, and 1/sqrt(eps) would blow up a difference in rounding.
-        Floats ds = (rounded(dy * w) - mean_g[r] - xhat * mean_gx[r]) * rstd[r];
-        if (dresidual) io.put(dresidual + at, ds);
-        if (a.seed) ds = masks[r].apply(ds, c - first);
-        io.put(dx + at, ds);
-      }
-      io.put(dweight + c, dw);
-      io.put(dbias + c, db);
-    });
-  }
-}
-
-// Blocks are shares of the rows that do not depend on the number of threads, and neither does the
-// order in which anything is added: the same input gives the same bits on any number of cores.
 template <class T, class P>
-void backward_blocks(const LayernormBackward& a, int64_t begin, int64_t end) {
+void backward_range(const LayernormBackward& a, int64_t begin, int64_t end) {
+  const int64_t columns = a.columns;
+  const P* weight = static_cast<const P*>(a.weight);
   RowMask masks[rows_together] = {
       {a.seed, a.threshold, a.site},
       {a.seed, a.threshold, a.site},
       {a.seed, a.threshold, a.site},
       {a.seed, a.threshold, a.site},
   };
-  for (int64_t block = begin; block < end; ++block) {
-    float* dweight = a.partial + block * 2 * a.columns;
-    float* dbias = dweight + a.columns;
-    std::memset(dweight, 0, sizeof(float) * 2 * static_cast<size_t>(a.columns));
-    int64_t row = a.rows * block / a.blocks;
-    const int64_t last = a.rows * (block + 1) / a.blocks;
-    for (; row + rows_together <= last; row += rows_together)
-      backward_rows<T, P, rows_together>(a, row, dweight, dbias, masks);
-    for (; row < last; ++row) backward_rows<T, P, 1>(a, row, dweight, dbias, masks);
-  }
-}
-
-template <class P>
-void add_blocks(const LayernormBackward& a, int64_t begin, int64_t end) {
-  P* dweight = static_cast<P*>(a.dweight);
-  P* dbias = static_cast<P*>(a.dbias);
-  for_columns(begin, end, [&](int64_t c, auto io) {
-    Floats dw = {}, db = {};
-    for (int64_t block = 0; block < a.blocks; ++block) {
-      dw += io.get(a.partial + block * 2 * a.columns + c);
-      db += io.get(a.partial + (block * 2 + 1) * a.columns + c);
-    }
-    io.put(dweight + c, dw);
-    io.put(dbias + c, db);
-  });
+  const auto rows = [&](auto number, int64_t row, float* dweight, float* dbias) {
+    constexpr int count = decltype(number)::value;
+    const T* dout = static_cast<const T*>(a.dout) + row * columns;
+    const T* total = static_cast<const T*>(a.total) + row * columns;
+    T* dx = static_cast<T*>(a.dx) + row * columns;
+    T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * columns : nullptr;
+    const auto draw = [&](int64_t first, int64_t last) {
+      if (a.seed)
+        for (int r = 0; r < count; ++r) masks[r].draw(row + r, first, last - first);
+    };
+    const auto put = [&](int r, int64_t c, Floats ds, int64_t first, auto io) {
+      const int64_t at = r * columns + c;
+      prefetch(dout, at + count * columns);
+      prefetch(total, at + count * columns);
+      if (dresidual) io.put(dresidual + at, ds);
+      if (a.seed) ds = masks[r].apply(ds, c - first);
+      io.put(dx + at, ds);
+    };
+    backward_rows<count>(total, dout, weight, a.statistics + row, a.statistics + a.rows + row,
+                         columns, dweight, dbias, draw, put);
+  };
+  backward_blocks(a.rows, columns, a.blocks, a.partial, begin, end, rows);
 }
 
 template <class T, class P>
@@ -202,9 +96,11 @@ bool forward(const LayernormForward& a) {
 template <class T, class P>
 void backward(const LayernormBackward& a) {
   parallel(a.threads, a.blocks, a.rows * a.columns,
-           [&](int64_t begin, int64_t end) { backward_blocks<T, P>(a, begin, end); });
-  parallel(a.threads, a.columns, a.blocks * a.columns,
-           [&](int64_t begin, int64_t end) { add_blocks<P>(a, begin, end); });
+           [&](int64_t begin, int64_t end) { backward_range<T, P>(a, begin, end); });
+  parallel(a.threads, a.columns, a.blocks * a.columns, [&](int64_t begin, int64_t end) {
+    add_blocks(a.partial, a.blocks, a.columns, static_cast<P*>(a.dweight), static_cast<P*>(a.dbias),
+               begin, end);
+  });
 }
 
 }  // namespace

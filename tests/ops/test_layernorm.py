@@ -96,20 +96,20 @@ def test_reference_would_fail_the_dispatch_test():
 MUTATIONS = {
     "mean and rstd swapped": (
         "cpu/layernorm.cpp",
-        "a.statistics[r] = mean;\n    a.statistics[a.rows + r] = rstd;",
-        "a.statistics[r] = rstd;\n    a.statistics[a.rows + r] = mean;",
+        "a.statistics[r] = statistics.mean;\n    a.statistics[a.rows + r] = statistics.rstd;",
+        "a.statistics[r] = statistics.rstd;\n    a.statistics[a.rows + r] = statistics.mean;",
     ),
     "the tail counts in the variance": (
-        "cpu/layernorm.cpp",
+        "cpu/norm.h",
         "io.counted(io.get(row + c) - about)",
         "(io.get(row + c) - about)",
     ),
     "variance about zero": (
-        "cpu/layernorm.cpp",
+        "cpu/norm.h",
         "io.counted(io.get(row + c) - about)",
         "io.counted(io.get(row + c))",
     ),
-    "eps dropped": ("cpu/layernorm.cpp", " + a.eps)", ")"),
+    "eps dropped": ("cpu/norm.h", " + eps)", ")"),
     "no 1 / (1 - p)": ("cpu/dropout.h", "v * scale_", "v"),
     "lanes in the wrong order": (
         "cpu/dropout.h",
@@ -119,8 +119,8 @@ MUTATIONS = {
     "six rounds": ("philox.h", "philox_rounds = 7", "philox_rounds = 6"),
     "every row of four has the first one's mask": (
         "cpu/layernorm.cpp",
-        "masks[r].draw(first_row + r, first, last - first)",
-        "masks[r].draw(first_row, first, last - first)",
+        "masks[r].draw(row + r, first, last - first)",
+        "masks[r].draw(row, first, last - first)",
     ),
     "the second piece of a row has the first one's mask": (
         "cpu/dropout.h",
@@ -128,11 +128,11 @@ MUTATIONS = {
         "column / 8",
     ),
     "partial sums not cleared": (
-        "cpu/layernorm.cpp",
+        "cpu/norm.h",
         "std::memset(dweight, 0,",
         "std::memset(dbias, 0, 0 *",
     ),
-    "no mean of g * xhat": ("cpu/layernorm.cpp", "- xhat * mean_gx[r]", ""),
+    "no mean of g * xhat": ("cpu/norm.h", "- xhat * mean_gx[r]", ""),
     "dresidual masked too": (
         "cpu/layernorm.cpp",
         "if (dresidual) io.put(dresidual + at, ds);",
