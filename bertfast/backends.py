@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "gelu": ("cpu", "reference"),
     "embedding": ("reference",),
     "cross_entropy": ("reference",),
-    "dropout": ("reference",),
+    "dropout": ("cpu", "reference"),
 }
 
 

@@ -153,6 +153,18 @@ int gelu_backward(Address dout, Address x, Address bias, Address dx, Address dbi
   return 0;
 }
 
+int dropout(Address x, Address out, Address seed, int64_t rows, int64_t columns, uint32_t threshold,
+            uint32_t site, int dtype, int threads) {
+  const bool some = rows > 0 && columns > 0;
+  if (const int broken = first_broken(rows >= 0, columns >= 0, threads >= 1, known(dtype),
+                                      threshold <= dropout_lanes, !some || (x && out), seed))
+    return broken;
+  py::gil_scoped_release unlocked;
+  current.kernels->dropout({at(x), at(out), at<const int64_t>(seed), rows, columns, threshold, site,
+                            static_cast<Dtype>(dtype), threads});
+  return 0;
+}
+
 }  // namespace
 }  // namespace bertfast
 
@@ -178,4 +190,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("layernorm_backward", &layernorm_backward);
   m.def("gelu_forward", &gelu_forward);
   m.def("gelu_backward", &gelu_backward);
+  m.def("dropout", &dropout);
 }

@@ -68,12 +68,23 @@ struct GeluBackward {
   int threads;
 };
 
+struct Dropout {
+  const void* x;        // (rows, columns)
+  void* out;            // (rows, columns)
+  const int64_t* seed;  // one element
+  int64_t rows, columns;
+  uint32_t threshold, site;
+  Dtype dtype;
+  int threads;
+};
+
 struct Kernels {
-  // False: out of memory.
+  // Those that return bool give false when they are out of memory.
   bool (*layernorm_forward)(const LayernormForward&);
   void (*layernorm_backward)(const LayernormBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
+  void (*dropout)(const Dropout&);
 };
 
 #if defined(BERTFAST_ISA)
@@ -82,6 +93,7 @@ bool layernorm_forward(const LayernormForward&);
 void layernorm_backward(const LayernormBackward&);
 void gelu_forward(const GeluForward&);
 void gelu_backward(const GeluBackward&);
+void dropout(const Dropout&);
 }  // namespace BERTFAST_ISA
 #endif
 

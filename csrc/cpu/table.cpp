@@ -5,10 +5,7 @@ namespace bertfast {
 namespace BERTFAST_ISA {
 
 const Kernels kernels = {
-    layernorm_forward,
-    layernorm_backward,
-    gelu_forward,
-    gelu_backward,
+    layernorm_forward, layernorm_backward, gelu_forward, gelu_backward, dropout,
 };
 
 }  // namespace BERTFAST_ISA

@@ -7,6 +7,8 @@ import torch
 from scipy import stats
 
 from bertfast import ops, testing
+from bertfast.backends import kernel
+from bertfast.kernels import cpu
 from bertfast.ops.dropout import (
     attention_keep_mask,
     dropout_scale,
@@ -153,6 +155,77 @@ def test_expectation_is_the_input(p):
     assert set(out.unique().tolist()) == {0.0, out.max().item()}
 
 
+@pytest.mark.parametrize("columns", [1, 8, 33, 511, 512, 513, 768, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_gives_the_bits_of_the_reference(columns, dtype, use_isa):
+    """Mask, scale and rounding, on every instruction set."""
+    x = torch.randn(50, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for seed in (0, -1, testing.SEED):
+        for site in (0, 7, 0xFFFFFFFF):
+            arguments = (x, testing.seed_tensor(seed), 20000, site)
+            expected = kernel("dropout", "reference").forward(*arguments)
+            for isa in cpu.library().isas():
+                use_isa(isa)
+                assert torch.equal(kernel("dropout", "cpu").forward(*arguments), expected), isa
+
+
+@pytest.mark.parametrize("shape", [(1, 100_003), (40_000, 5), (257, 515), (3, 7, 4096)])
+def test_result_does_not_depend_on_the_number_of_threads(shape):
+    x = torch.randn(*shape)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.dropout(x, 0.3, seed=SEED, site=1, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    expected = ops.dropout(x, 0.3, seed=SEED, site=1, backend="reference")
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_cpu_dispatches_no_torch_arithmetic():
+    x, dout = torch.randn(20, 24, requires_grad=True), torch.randn(20, 24)
+    with testing.KernelOnly() as seen:
+        torch.autograd.grad(ops.dropout(x, 0.3, seed=SEED, site=1, backend="cpu"), x, dout)
+    assert "empty_like" in seen.seen
+
+
+MUTATIONS = {
+    "no 1 / (1 - p)": ("cpu/dropout.h", "v * scale_", "v"),
+    "kept and dropped exchanged": ("cpu/dropout.h", ">= threshold_", "< threshold_"),
+    "the threshold's own lane dropped": ("cpu/dropout.h", ">= threshold_", "> threshold_"),
+    "six rounds": ("philox.h", "philox_rounds = 7", "philox_rounds = 6"),
+    "no site": (
+        "cpu/dropout.h",
+        "static_cast<uint64_t>(row), site_,",
+        "static_cast<uint64_t>(row), 0,",
+    ),
+    "every row has the first one's mask": (
+        "cpu/dropout.cpp",
+        "mask.draw(row, first, count)",
+        "mask.draw(0, first, count)",
+    ),
+    "the second piece of a row has the first one's mask": (
+        "cpu/dropout.cpp",
+        "mask.draw(row, first, count)",
+        "mask.draw(row, 0, count)",
+    ),
+    "a row's last piece left out": (
+        "cpu/dropout.cpp",
+        "(a.columns % RowMask::piece != 0)",
+        "0",
+    ),
+    "no tail": ("cpu/vector.h", "if (column < end) body", "if (column < 0) body"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_gate_bites(name, mutants):
+    with mutants.in_place(*MUTATIONS[name]):
+        assert testing.gates_are_red("dropout", "cpu")
+
+
 def test_p_0_is_the_input_itself_and_draws_nothing():
     x = torch.randn(3, 4)
     assert ops.dropout(x, 0.0, seed=None, site=1) is x
@@ -182,6 +255,19 @@ BAD = {
     ),
     "site: expected a 32-bit unsigned integer, got -1": ((0.1, SEED, -1), ValueError),
 }
+
+
+def test_float64_is_the_reference_s():
+    with pytest.raises(RuntimeError, match="dropout: backend 'cpu' cannot run: the input is"):
+        ops.dropout(torch.ones(2, 3).double(), 0.1, seed=SEED, site=1, backend="cpu")
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), (2, 0, 4)])
+def test_nothing_to_drop(shape):
+    x = torch.ones(shape, requires_grad=True)
+    out = ops.dropout(x, 0.1, seed=SEED, site=1, backend="cpu")
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert out.shape == grad.shape == shape
 
 
 @pytest.mark.parametrize("message", BAD)

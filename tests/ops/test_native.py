@@ -35,6 +35,7 @@ def test_any_shape_layout_and_value(data):
                 ),
                 testing.gelu_case(rows, columns, name="any", layout=layout, upstream=upstream),
                 testing.gelu_case(rows, columns, name="any", bias=False, approximate="tanh"),
+                testing.dropout_case(rows, columns, name="any", p=p or 0.5, layout=layout),
             ]
         )
     )
@@ -69,6 +70,7 @@ ENTRY_POINTS = {
     "layernorm_backward": (10, [sizes64] * 3 + [words, words] + [codes] * 3),
     "gelu_forward": (3, [sizes64] * 2 + [st.booleans()] + [codes] * 3),
     "gelu_backward": (6, [sizes64] * 3 + [st.booleans()] + [codes] * 3),
+    "dropout": (3, [sizes64] * 2 + [words, words] + [codes] * 2),
 }
 
 
