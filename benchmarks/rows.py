@@ -22,13 +22,13 @@ def time_rows(
     implementation: str,
     direction: str,
     dtype: torch.dtype,
-    tensors_moved: dict[str, int],
+    tensors_moved: dict[str, float],
 ) -> None:
     """Time one direction of one implementation, after the gate at the very same size.
 
     Args:
         eager: the composition a user would write, with torch's own dropout.
-        tensors_moved: for each direction, how many tensors of the input's size must at least be
+        tensors_moved: for each direction, how many tensors of the output's size must at least be
             read or written; the bandwidth is that of these.
     """
     testing.run_gate(case, dtype, "cpu")
@@ -38,16 +38,17 @@ def time_rows(
         call = lambda t: case.op(t, "cpu")  # noqa: E731
     elif implementation == "compile":
         call = torch.compile(eager, dynamic=False)
-    x = tensors["x"]
-    benchmark.group = f"{case.word} {direction} {tuple(x.shape)} {dtype} {case.name}"
+    with torch.no_grad():
+        like = case.eager(tensors)
+    benchmark.group = f"{case.word} {direction} {tuple(like.shape)} {dtype} {case.name}"
     benchmark.extra_info.update(
         implementation=implementation,
         word=case.word,
         case=case.name,
         direction=direction,
-        shape=list(x.shape),
+        shape=list(like.shape),
         dtype=str(dtype).removeprefix("torch."),
-        bytes=tensors_moved[direction] * x.numel() * x.element_size(),
+        bytes=int(tensors_moved[direction] * like.numel() * like.element_size()),
     )
     if direction == "forward":
         with torch.no_grad():

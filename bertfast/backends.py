@@ -27,7 +27,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("reference",),
     "layernorm": ("cpu", "reference"),
     "gelu": ("cpu", "reference"),
-    "embedding": ("reference",),
+    "embedding": ("cpu", "reference"),
     "cross_entropy": ("reference",),
     "dropout": ("cpu", "reference"),
 }

@@ -419,24 +419,41 @@ def dropout_case(
     return Case("dropout", name, make, op, eager, ("x",))
 
 
+def _autocast_of(table: Tensor, wanted: bool) -> torch.autocast:
+    """bfloat16 autocast around float32 tables; the float64 reference stays what it is."""
+    enabled = wanted and table.dtype == torch.float32
+    return torch.autocast(table.device.type, torch.bfloat16, enabled=enabled)
+
+
 def embedding_case(
     tokens: int,
     columns: int,
     *,
     name: str,
     vocabulary: int = 50,
+    positions: int = 40,
     dropout_p: float = 0.0,
     token_types: bool = True,
     padding_idx: int | None = None,
+    storage: int = 0,
+    apart: int = 1,
+    ids: torch.dtype = torch.int64,
+    autocast: bool = False,
     upstream: str = "contiguous",
 ) -> Case:
-    """``embedding`` of ``tokens`` ids, many of them the same."""
-    site, eps, positions = 0, 1e-12, 40
+    """``embedding`` of ``tokens`` ids, many of them the same and words multiples of ``apart``, and
+    behind them ``storage`` rows of zero ids; with ``autocast``, bfloat16 of float32 tables."""
+    site, eps = 0, 1e-12
 
     def make(generator: torch.Generator) -> Tensors:
+        def random_ids(rows: int) -> Tensor:
+            drawn = torch.randint(rows, (tokens,), generator=generator)
+            return torch.cat((drawn, drawn.new_zeros(storage)))
+
         tensors = {
-            "input_ids": torch.randint(vocabulary, (tokens,), generator=generator),
-            "position_ids": torch.randint(positions, (tokens,), generator=generator),
+            # The ids may be of different widths.
+            "input_ids": (random_ids(-(-vocabulary // apart)) * apart).to(ids),
+            "position_ids": random_ids(positions),
             "word": _normal(generator, vocabulary, columns),
             "position": _normal(generator, positions, columns),
             "weight": 1.0 + 0.5 * _normal(generator, columns),
@@ -444,27 +461,28 @@ def embedding_case(
             "seed": seed_tensor(),
         }
         if token_types:
-            tensors["token_type_ids"] = torch.randint(2, (tokens,), generator=generator)
+            tensors["token_type_ids"] = random_ids(2).to(ids)
             tensors["token_type"] = _normal(generator, 2, columns)
         return tensors
 
     def op(t: Tensors, backend: str | None) -> Tensor:
-        return ops.embedding(
-            t["input_ids"],
-            t.get("token_type_ids"),
-            t["position_ids"],
-            t["word"],
-            t.get("token_type"),
-            t["position"],
-            t["weight"],
-            t["bias"],
-            eps,
-            padding_idx=padding_idx,
-            dropout_p=dropout_p,
-            seed=t["seed"],
-            site=site,
-            backend=backend,
-        )
+        with _autocast_of(t["word"], autocast):
+            return ops.embedding(
+                t["input_ids"],
+                t.get("token_type_ids"),
+                t["position_ids"],
+                t["word"],
+                t.get("token_type"),
+                t["position"],
+                t["weight"],
+                t["bias"],
+                eps,
+                padding_idx=padding_idx,
+                dropout_p=dropout_p,
+                seed=t["seed"],
+                site=site,
+                backend=backend,
+            )
 
     def eager(t: Tensors) -> Tensor:
         total = F.embedding(t["input_ids"], t["word"], padding_idx)
@@ -473,7 +491,8 @@ def embedding_case(
             total = total + F.embedding(t["token_type_ids"], t["token_type"])
         weight, bias = t["weight"].to(total.dtype), t["bias"].to(total.dtype)
         y = F.layer_norm(total, (columns,), weight, bias, eps)
-        return apply_keep_mask(y, dropout_p, t["seed"], site)
+        y = apply_keep_mask(y, dropout_p, t["seed"], site)
+        return y.bfloat16() if autocast and y.dtype == torch.float32 else y
 
     grads = ("word", "position", "weight", "bias", *(("token_type",) if token_types else ()))
     return Case("embedding", name, make, op, eager, grads, ("weight", "bias"), upstream)
@@ -694,6 +713,19 @@ def _embedding_cases() -> list[Case]:
         embedding_case(37, 24, name="p1", dropout_p=1.0),
         embedding_case(37, 24, name="expanded", upstream="expanded"),
         embedding_case(37, 24, name="transposed", upstream="transposed"),
+        embedding_case(9, 7, name="under_a_vector", dropout_p=0.1),
+        embedding_case(71, 515, name="two_threads", dropout_p=0.1),
+        embedding_case(6, 1030, name="piece_and_tail", dropout_p=0.1),
+        embedding_case(3, 4999, name="long_row", dropout_p=0.1),
+        embedding_case(37, 101, name="int32", ids=torch.int32, dropout_p=0.1),
+        embedding_case(50, 24, name="storage", storage=90, padding_idx=0),
+        # More readers of one row than are summed at a time, and nothing else to sum.
+        embedding_case(700, 33, name="one_row", vocabulary=1, positions=1),
+        # More rows than one digit of the sort tells apart, or two: 512 * 512.
+        embedding_case(200, 24, name="many_words", vocabulary=5000, positions=600),
+        embedding_case(40, 3, name="most_words", vocabulary=(1 << 19) + 1, apart=1 << 18),
+        embedding_case(133, 64, name="autocast", autocast=True, dropout_p=0.1),
+        embedding_case(37, 101, name="autocast-no_dropout", autocast=True, upstream="sliced"),
     ]
 
 

@@ -165,6 +165,96 @@ int dropout(Address x, Address out, Address seed, int64_t rows, int64_t columns,
   return 0;
 }
 
+// A table without rows, which is how there are no token types, needs neither ids nor values.
+bool readable(const EmbeddingTable& table, bool some_tokens) {
+  return table.rows >= 0 && (table.rows == 0 || !some_tokens || (table.ids && table.values));
+}
+
+int embedding_forward(Address word_ids, Address position_ids, Address type_ids, Address word,
+                      Address position, Address token_type, Address weight, Address bias,
+                      Address out, Address statistics, Address seed, int64_t word_rows,
+                      int64_t position_rows, int64_t type_rows, int64_t tokens, int64_t columns,
+                      bool word_wide, bool position_wide, bool type_wide, float eps,
+                      uint32_t threshold, uint32_t site, int dtype, int parameter_dtype,
+                      int out_dtype, int threads) {
+  const bool some = tokens > 0;
+  const EmbeddingForward arguments = {
+      {{at(word_ids), at(word), nullptr, word_rows, -1, word_wide},
+       {at(position_ids), at(position), nullptr, position_rows, -1, position_wide},
+       {at(type_ids), at(token_type), nullptr, type_rows, -1, type_wide}},
+      at(weight),
+      at(bias),
+      at(out),
+      at<float>(statistics),
+      at<const int64_t>(seed),
+      tokens,
+      columns,
+      eps,
+      threshold,
+      site,
+      static_cast<Dtype>(dtype),
+      static_cast<Dtype>(parameter_dtype),
+      static_cast<Dtype>(out_dtype),
+      threads};
+  if (const int broken = first_broken(
+          tokens >= 0, columns >= 1, threads >= 1,
+          known(dtype, parameter_dtype) && known(out_dtype), threshold <= dropout_lanes,
+          (threshold > 0) == (seed != 0), readable(arguments.tables[0], some),
+          readable(arguments.tables[1], some), readable(arguments.tables[2], some),
+          !some || (out && statistics), weight && bias))
+    return broken;
+  py::gil_scoped_release unlocked;
+  return current.kernels->embedding_forward(arguments) ? 0 : out_of_memory;
+}
+
+int embedding_backward(Address dout, Address word_ids, Address position_ids, Address type_ids,
+                       Address word, Address position, Address token_type, Address weight,
+                       Address statistics, Address dword, Address dposition, Address dtoken_type,
+                       Address dweight, Address dbias, Address ds, Address partial, Address parts,
+                       Address readers, Address seed, int64_t word_rows, int64_t position_rows,
+                       int64_t type_rows, int64_t tokens, int64_t columns, int64_t blocks,
+                       int64_t chunk, int64_t padding, bool word_wide, bool position_wide,
+                       bool type_wide, uint32_t threshold, uint32_t site, int dtype,
+                       int parameter_dtype, int out_dtype, int threads) {
+  const bool some = tokens > 0;
+  const EmbeddingBackward arguments = {
+      {{at(word_ids), at(word), at(dword), word_rows, padding, word_wide},
+       {at(position_ids), at(position), at(dposition), position_rows, -1, position_wide},
+       {at(type_ids), at(token_type), at(dtoken_type), type_rows, -1, type_wide}},
+      at(dout),
+      at(weight),
+      at<float>(statistics),
+      at(dweight),
+      at(dbias),
+      at<float>(ds),
+      at<float>(partial),
+      at<float>(parts),
+      at(readers),
+      at<const int64_t>(seed),
+      tokens,
+      columns,
+      blocks,
+      chunk,
+      threshold,
+      site,
+      static_cast<Dtype>(dtype),
+      static_cast<Dtype>(parameter_dtype),
+      static_cast<Dtype>(out_dtype),
+      threads};
+  const auto usable = [&](const EmbeddingTable& table) {
+    return readable(table, some) && (table.rows == 0 || table.grad);
+  };
+  if (const int broken = first_broken(
+          tokens >= 0, columns >= 1, threads >= 1,
+          known(dtype, parameter_dtype) && known(out_dtype), threshold <= dropout_lanes,
+          (threshold > 0) == (seed != 0), usable(arguments.tables[0]), usable(arguments.tables[1]),
+          usable(arguments.tables[2]), !some || (dout && statistics && ds && parts && readers),
+          weight && dweight && dbias, blocks >= 1 && partial, chunk >= 1))
+    return broken;
+  py::gil_scoped_release unlocked;
+  return current.kernels->embedding_backward(arguments) ? 0 : out_of_memory;
+}
+
 }  // namespace
 }  // namespace bertfast
 
@@ -191,4 +281,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gelu_forward", &gelu_forward);
   m.def("gelu_backward", &gelu_backward);
   m.def("dropout", &dropout);
+  m.def("embedding_forward", &embedding_forward);
+  m.def("embedding_backward", &embedding_backward);
 }

@@ -78,6 +78,51 @@ struct Dropout {
   int threads;
 };
 
+// One of the tables whose rows are added: words, positions, token types. Without token types there
+// is a table of no rows.
+struct EmbeddingTable {
+  const void* ids;     // (tokens), int64 if wide, else int32; any values
+  const void* values;  // (rows, columns)
+  void* grad;          // (rows, columns); null in forward
+  int64_t rows;
+  int64_t padding;  // the row that gets no gradient, or -1
+  bool wide;
+};
+constexpr int embedding_tables = 3;
+
+struct EmbeddingForward {
+  EmbeddingTable tables[embedding_tables];
+  const void* weight;   // (columns), parameter_dtype
+  const void* bias;     // (columns), parameter_dtype
+  void* out;            // (tokens, columns), out_dtype
+  float* statistics;    // (2, tokens): mean, rstd
+  const int64_t* seed;  // one element; null without dropout
+  int64_t tokens, columns;
+  float eps;
+  uint32_t threshold, site;
+  Dtype dtype, parameter_dtype, out_dtype;
+  int threads;
+};
+
+struct EmbeddingBackward {
+  EmbeddingTable tables[embedding_tables];
+  const void* dout;         // (tokens, columns), out_dtype
+  const void* weight;       // (columns), parameter_dtype
+  const float* statistics;  // (2, tokens): mean, rstd
+  void* dweight;            // (columns), parameter_dtype
+  void* dbias;              // (columns), parameter_dtype
+  float* ds;                // (tokens, columns): scratch, the gradient of the sum before the norm
+  float* partial;           // (blocks, 2, columns): each block's share of dweight and dbias
+  float* parts;             // (3, tokens / chunk rounded up, 2, columns): scratch for table rows
+  void* readers;            // (4, tokens, 2) int64: scratch for sorting tokens by id
+  const int64_t* seed;      // one element; null without dropout
+  int64_t tokens, columns, blocks;
+  int64_t chunk;  // how many tokens' shares of a table's gradient are summed at a time
+  uint32_t threshold, site;
+  Dtype dtype, parameter_dtype, out_dtype;
+  int threads;
+};
+
 struct Kernels {
   // Those that return bool give false when they are out of memory.
   bool (*layernorm_forward)(const LayernormForward&);
@@ -85,6 +130,8 @@ struct Kernels {
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
   void (*dropout)(const Dropout&);
+  bool (*embedding_forward)(const EmbeddingForward&);
+  bool (*embedding_backward)(const EmbeddingBackward&);
 };
 
 #if defined(BERTFAST_ISA)
@@ -94,6 +141,8 @@ void layernorm_backward(const LayernormBackward&);
 void gelu_forward(const GeluForward&);
 void gelu_backward(const GeluBackward&);
 void dropout(const Dropout&);
+bool embedding_forward(const EmbeddingForward&);
+bool embedding_backward(const EmbeddingBackward&);
 }  // namespace BERTFAST_ISA
 #endif
 
