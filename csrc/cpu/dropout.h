@@ -19,6 +19,10 @@ inline Longs multiply_low_words(Longs a, uint32_t b) {
       _mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
 #elif defined(__SSE2__)
   return reinterpret_cast<Longs>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
+#elif defined(__aarch64__)
+  // There is no product of 64-bit elements; left alone, the compiler multiplies one at a time.
+  return reinterpret_cast<Longs>(
+      vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a)), vdup_n_u32(b)));
 #else
   return (a & 0xFFFFFFFFu) * b;
 #endif
