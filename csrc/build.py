@@ -85,10 +85,10 @@ SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefine
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What :func:`build_cpu` made.
+    """What :func:`build_cpu` or :func:`build_program` made.
 
     Attributes:
-        path: the extension module; with ``link=False`` there is none and this is None.
+        path: the extension module or program; with ``link=False`` there is none and this is None.
         compiler: the first line the compiler prints about its version.
         isas: instruction sets compiled in, weakest first.
         skipped_isas: instruction sets left out, with the reason for each.
@@ -193,29 +193,20 @@ def build_cpu(
             raise BuildUnavailable("; ".join(f"{name}: {skipped[name]}" for name in refused))
 
         openmp_reason = probes["openmp"]
-        flags = [*COMMON, *(SANITIZE if sanitize else OPTIMISATION), *WARNINGS]
-        flags += ["-Werror"] if werror else []
-        flags += [] if openmp_reason else ["-fopenmp"]
-        flags += [f"-I{path}" for path in (source_dir, source_dir / "cpu")]
-        flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+        flags = _compile_flags(
+            source_dir, sanitize=sanitize, werror=werror, openmp=not openmp_reason
+        )
         link_flags = ["-shared", *([] if openmp_reason else ["-fopenmp"])]
         link_flags += ["-fsanitize=address,undefined"] if sanitize else []
         link_flags += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         link_flags += shlex.split(os.environ.get("LDFLAGS", ""))
 
-        edges: list[tuple[Path, Path, list[str]]] = []  # object, source, its own flags
+        edges: list[_Edge] = []
         objects: dict[str, tuple[Path, ...]] = {}
-        kernels = sorted(p for p in (source_dir / "cpu").glob("*.cpp") if p.name != "bindings.cpp")
         for name, isa in chosen.items():
-            for source in kernels:
-                edges.append(
-                    (
-                        build_dir / name / f"{source.stem}.o",
-                        source,
-                        [*isa.flags, f"-DBERTFAST_ISA={name}"],
-                    )
-                )
-            objects[name] = tuple(build_dir / name / f"{source.stem}.o" for source in kernels)
+            own_edges = _kernel_edges(source_dir, build_dir, name, isa)
+            objects[name] = tuple(target for target, _, _ in own_edges)
+            edges += own_edges
         module: Path | None = None
         if link:
             own = [f"-DBERTFAST_HAVE_{name.upper()}" for name in chosen]
@@ -236,6 +227,67 @@ def build_cpu(
         openmp=not openmp_reason,
         openmp_reason=openmp_reason,
         objects=objects,
+        seconds=time.monotonic() - started,
+    )
+
+
+def build_program(
+    source_dir: Path,
+    main: Path,
+    program: Path,
+    *,
+    build_dir: Path | None = None,
+    jobs: int | None = None,
+    werror: bool | None = None,
+) -> BuildResult:
+    """Compile the baseline kernels and ``main`` into the static executable ``program``.
+
+    It needs neither Python nor pybind11, so the compiler in ``CXX`` may be one for another
+    architecture: this is how the gates reach kernels for a machine that is not there.
+
+    Args:
+        source_dir: the ``csrc`` folder, or a changed copy of it.
+        main: a C++ source with a ``main``. It may include ``bindings.cpp``, with headers from its
+            own folder in the place of Python's and pybind11's.
+        program: the file to make.
+        build_dir: where objects and the ninja file are kept; default ``obj`` beside ``program``. It
+            may be used again as in :func:`build_cpu`.
+        jobs: compilers at a time; None for one per usable core.
+        werror: warnings are errors; None reads ``BERTFAST_WERROR``.
+
+    Raises:
+        BuildUnavailable: there is no usable compiler or no ninja.
+        BuildError: the sources do not compile; the compiler's output is in the message.
+    """
+    started = time.monotonic()
+    source_dir, main, program = (Path(path).resolve() for path in (source_dir, main, program))
+    build_dir = Path(build_dir or program.parent / "obj").resolve()
+    if werror is None:
+        werror = flag("BERTFAST_WERROR")
+    toolchain = _Toolchain.find()
+    ninja = _find_ninja()
+    for folder in (build_dir, program.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    # Without threads it would not be the code that ships, so there is no fallback.
+    flags = _compile_flags(source_dir, sanitize=False, werror=werror, openmp=True)
+    link_flags = ["-static", "-fopenmp", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    with _lock(build_dir):
+        edges = _kernel_edges(source_dir, build_dir, "baseline", Isa())
+        objects = tuple(target for target, _, _ in edges)
+        own = [f"-I{main.parent}", "-DBERTFAST_HAVE_BASELINE"]
+        edges.append((build_dir / "main.o", main, own))
+        (build_dir / "build.ninja").write_text(
+            _ninja_file(toolchain.command, flags, link_flags, edges, program)
+        )
+        _run_ninja(ninja, build_dir, jobs)
+    return BuildResult(
+        path=program,
+        compiler=toolchain.version,
+        isas=("baseline",),
+        skipped_isas={},
+        openmp=True,
+        openmp_reason="",
+        objects={"baseline": objects},
         seconds=time.monotonic() - started,
     )
 
@@ -445,11 +497,15 @@ def _find_ninja() -> str:
     return found
 
 
+# An object, its source, and the flags that are its own.
+_Edge = tuple[Path, Path, list[str]]
+
+
 def _ninja_file(
     compiler: list[str],
     flags: list[str],
     link_flags: list[str],
-    edges: list[tuple[Path, Path, list[str]]],
+    edges: list[_Edge],
     module: Path | None,
 ) -> str:
     lines = [
@@ -474,6 +530,21 @@ def _ninja_file(
         inputs = " ".join(_path(target) for target, _, _ in edges)
         lines.append(f"build {_path(module)}: link {inputs}")
     return "\n".join(lines) + "\n"
+
+
+def _compile_flags(source_dir: Path, *, sanitize: bool, werror: bool, openmp: bool) -> list[str]:
+    flags = [*COMMON, *(SANITIZE if sanitize else OPTIMISATION), *WARNINGS]
+    flags += ["-Werror"] if werror else []
+    flags += ["-fopenmp"] if openmp else []
+    flags += [f"-I{path}" for path in (source_dir, source_dir / "cpu")]
+    return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+def _kernel_edges(source_dir: Path, build_dir: Path, name: str, isa: Isa) -> list[_Edge]:
+    """One instruction set's objects."""
+    sources = sorted(p for p in (source_dir / "cpu").glob("*.cpp") if p.name != "bindings.cpp")
+    own = [*isa.flags, f"-DBERTFAST_ISA={name}"]
+    return [(build_dir / name / f"{source.stem}.o", source, own) for source in sources]
 
 
 def _path(path: Path) -> str:

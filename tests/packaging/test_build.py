@@ -81,6 +81,55 @@ def test_a_missing_or_broken_compiler_is_named(
         csrc_build.build_cpu(toy, tmp_path / "out")
 
 
+MAIN = """\
+#include <omp.h>
+#include <cstdio>
+#include "answer.h"
+namespace bertfast { namespace baseline { int answer(); } }
+int main() {
+  int threads = 0;
+#pragma omp parallel num_threads(2) reduction(+ : threads)
+  threads += 1;
+  std::printf("%d %d\\n", bertfast::baseline::answer(), threads);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no static programs")
+def test_builds_a_program_that_runs_alone(toy: Path, tmp_path: Path) -> None:
+    main = tmp_path / "main.cpp"
+    main.write_text(MAIN)
+    result = csrc_build.build_program(toy, main, tmp_path / "out" / "program", werror=True)
+    assert result.path == tmp_path / "out" / "program"
+    done = subprocess.run([result.path], env={}, check=True, capture_output=True, text=True)
+    assert done.stdout == "41 2\n"
+    assert sorted(path.stem for path in result.objects["baseline"]) == ["answer", "other"]
+    # Static: a machine of another architecture has none of this one's libraries.
+    segments = subprocess.run(
+        ["readelf", "-lW", result.path], check=True, capture_output=True, text=True
+    ).stdout
+    assert "INTERP" not in segments
+    # And up to date when one source is changed in place.
+    (toy / "cpu" / "answer.h").write_text("constexpr int kAnswer = 42;\n")
+    csrc_build.build_program(toy, main, result.path, werror=True)
+    done = subprocess.run([result.path], check=True, capture_output=True, text=True)
+    assert done.stdout == "42 2\n"
+
+
+def test_a_program_is_built_by_the_compiler_asked_for(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = tmp_path / "main.cpp"
+    main.write_text(MAIN)
+    monkeypatch.setenv("CXX", refusing_compiler(tmp_path, "-fopenmp"))
+    # What would ship without threads is no program for the gates.
+    with pytest.raises(csrc_build.BuildError, match="fopenmp"):
+        csrc_build.build_program(toy, main, tmp_path / "program")
+    monkeypatch.setenv("CXX", "/nonexistent/aarch64-g++")
+    with pytest.raises(csrc_build.BuildUnavailable, match="/nonexistent/aarch64-g"):
+        csrc_build.build_program(toy, main, tmp_path / "program")
+
+
 def refusing_compiler(folder: Path, *flags: str) -> str:
     """A compiler that knows everything but some flags."""
     real = shutil.which("g++") or shutil.which("c++")
