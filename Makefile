@@ -18,7 +18,7 @@ unexport PYTHONPATH
 
 NATIVE := $(shell find csrc -type f ! -name '*.pyc')
 SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py') bertfast/py.typed setup.py pyproject.toml MANIFEST.in
-FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(shell find tests -type f -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -26,7 +26,7 @@ FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.package ## Install, then pre-train a small BERT on real text in a few minutes
@@ -37,6 +37,17 @@ demo: $(VENV)/.package ## Install, then pre-train a small BERT on real text in a
 test: export BERTFAST_REQUIRE_CPU := 1
 test: $(VENV)/.package $(VENV)/.test ## Install, then run the tests against what was installed
 	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: arm64
+arm64: export BERTFAST_REQUIRE_CPU := 1
+arm64: arm64-tools $(VENV)/.package $(VENV)/.test ## Cross-compile the CPU kernels for arm64 and run their gates under qemu
+	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest tests/ops/arm64 --arm64 $(PYTEST_ARGS)
+
+# First of all, so that nobody waits for an installation to be told.
+.PHONY: arm64-tools
+arm64-tools:
+	@{ command -v aarch64-linux-gnu-g++ && { command -v qemu-aarch64 || command -v qemu-aarch64-static; }; } >/dev/null || \
+	    { echo "make arm64 needs aarch64-linux-gnu-g++ and qemu-aarch64: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
 
 .PHONY: bench
 bench: export BERTFAST_REQUIRE_CPU := 1

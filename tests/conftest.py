@@ -2,7 +2,8 @@
 
 - No skip goes unseen. Each one is printed with its reason, and one that no line of
   ``tests/skips.txt`` allows fails the run; the same goes for expected failures.
-- Tests marked ``slow`` are left out unless ``--slow`` is given, and the summary says how many.
+- Tests marked ``slow`` are left out unless ``--slow`` is given, and the summary says how many; the
+  same goes for ``arm64``, which needs a cross compiler and an emulator.
 - ``make test`` sets ``BERTFAST_TEST_INSTALLED=1``: importing bertfast from the source tree is then
   an error.
 - ``import csrc_build`` is the repository's ``csrc/build.py``.
@@ -63,21 +64,31 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"bertfast: {bertfast.__version__} from {where}; {kernels}"]
 
 
+# Marked so, a test is left out unless the option of that name is given.
+LEFT_OUT = {
+    "slow": "run the tests marked slow, too",
+    "arm64": "run the kernels' arm64 build under qemu, too (make arm64)",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    for marker, text in LEFT_OUT.items():
+        parser.addoption(f"--{marker}", action="store_true", help=text)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        config.stash[_LEFT_OUT] = Counter(item.nodeid.partition("::")[0] for item in slow)
+    counts = config.stash.setdefault(_COUNTS, {})
+    for marker in LEFT_OUT:
+        if config.getoption(f"--{marker}"):
+            continue
+        out = [item for item in items if item.get_closest_marker(marker)]
+        if out:
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=out)
+            counts[marker] = Counter(item.nodeid.partition("::")[0] for item in out)
 
 
-_LEFT_OUT = pytest.StashKey[Counter[str]]()
+_COUNTS = pytest.StashKey[dict[str, Counter[str]]]()
 
 
 class SkipPolicy:
@@ -148,9 +159,8 @@ class SkipPolicy:
                 red=True,
                 bold=True,
             )
-        left_out = config.stash.get(_LEFT_OUT, None)
-        if left_out:
-            terminalreporter.section("slow tests left out (--slow runs them)")
+        for marker, left_out in config.stash.get(_COUNTS, {}).items():
+            terminalreporter.section(f"{marker} tests left out (--{marker} runs them)")
             for path, count in sorted(left_out.items()):
                 terminalreporter.write_line(f"{path}: {count}")
 

@@ -47,13 +47,21 @@ class Mutants:
         shutil.copytree(CSRC, self.source)
         self.count = 0
 
-    def compile(self, file: str, old: str, new: str) -> ModuleType:
+    @contextmanager
+    def changed(self, file: str, old: str, new: str) -> Iterator[None]:
+        """Inside, ``self.source`` holds the change."""
         path = self.source / file
         text = path.read_text()
         assert old in text, f"{file} no longer holds {old!r}: bring the mutation up to date"
         path.write_text(text.replace(old, new, 1))
         self.count += 1
         try:
+            yield
+        finally:
+            path.write_text(text)
+
+    def compile(self, file: str, old: str, new: str) -> ModuleType:
+        with self.changed(file, old, new):
             isa = cpu.library().isas()[-1]
             built = csrc_build.build_cpu(
                 self.source,
@@ -62,8 +70,6 @@ class Mutants:
                 build_dir=self.folder / "objects",
                 werror=False,  # a mutation may well leave something unused
             )
-        finally:
-            path.write_text(text)
         # pybind11 gives back the module it knows under a name, whatever the path.
         module = csrc_build.load(built.path, f"mutant{self.count}._cpu")
         assert module.__file__ == str(built.path)

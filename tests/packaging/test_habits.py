@@ -29,6 +29,9 @@ def test_known(): assert False
 
 @pytest.mark.slow
 def test_slow(): pass
+
+@pytest.mark.arm64
+def test_arm64(): pass
 """
 
 ALLOWED = """\
@@ -67,11 +70,13 @@ def test_listed_skips_pass_and_are_printed(project: Path) -> None:
         "tests/test_it.py::test_gpu: no GPU here",
         "tests/test_it.py::test_each[a]: no a",
         "tests/test_it.py::test_known: xfail: known: 7",
-        "tests/test_it.py: 1",  # slow
     ):
         assert line in output.splitlines()
+    for marker in ("slow", "arm64"):
+        heading = f"=+ {marker} tests left out \\(--{marker} runs them\\) =+"
+        assert re.search(rf"^{heading}\ntests/test_it.py: 1$", output, re.MULTILINE)
     assert "NOT ALLOWED" not in output
-    assert "1 deselected" in output
+    assert "2 deselected" in output
 
 
 @pytest.mark.parametrize("dropped", ["test_gpu", "test_each", "test_known"])
@@ -100,12 +105,21 @@ def test_a_module_that_skips_itself_is_seen(project: Path) -> None:
     assert "NOT ALLOWED tests/test_module.py: could not import 'no_such_module'" in output
 
 
-def test_slow_tests_run_when_asked(project: Path) -> None:
+@pytest.mark.parametrize("marker", ["slow", "arm64"])
+def test_what_is_left_out_runs_when_asked(project: Path, marker: str) -> None:
     (project / "tests" / "skips.txt").write_text(ALLOWED)
-    code, output = run_pytest(project, "--slow")
+    code, output = run_pytest(project, f"--{marker}")
     assert code == 0, output
     assert "2 passed" in output
-    assert "slow tests left out" not in output
+    assert f"{marker} tests left out" not in output
+
+
+def test_make_arm64_names_what_it_needs(tmp_path: Path) -> None:
+    for tool in ("make", "sh"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    done = run("make", "--silent", "arm64", cwd=ROOT, check=False, PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "apt-get install g++-aarch64-linux-gnu qemu-user\n" in done.stdout
 
 
 def test_a_malformed_line_is_refused(project: Path) -> None:
@@ -128,7 +142,7 @@ def test_the_source_tree_does_not_stand_in_for_the_package(project: Path) -> Non
 
 def test_make_help_lists_the_targets() -> None:
     output = run("make", "--no-print-directory", "help", cwd=ROOT).stdout
-    for target in ("demo", "test", "lint", "format", "bench", "develop", "clean"):
+    for target in ("demo", "test", "arm64", "lint", "format", "bench", "develop", "clean"):
         assert re.search(rf"^  make {target} +\S", output, re.MULTILINE)
 
 

@@ -1,0 +1,2 @@
+// See pybind11.h; there is nothing to convert.
+#pragma once
