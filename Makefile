@@ -38,7 +38,9 @@ test: export BERTFAST_REQUIRE_CPU := 1
 test: $(VENV)/.package $(VENV)/.test ## Install, then run the tests against what was installed
 	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
 
+# torch's threads would wait by spinning, on the cores that the emulator needs meanwhile.
 .PHONY: arm64
+arm64: export OMP_WAIT_POLICY := passive
 arm64: export BERTFAST_REQUIRE_CPU := 1
 arm64: arm64-tools $(VENV)/.package $(VENV)/.test ## Cross-compile the CPU kernels for arm64 and run their gates under qemu
 	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest tests/ops/arm64 --arm64 $(PYTEST_ARGS)

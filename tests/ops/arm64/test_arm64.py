@@ -73,26 +73,19 @@ def test_gate_bites(name, arm64_mutant):
 
 
 @pytest.mark.arm64
-def test_an_overrun_is_named(arm64_mutant):
+def test_an_overrun_and_a_crash_are_red(arm64_mutant):
     with arm64_mutant(
-        "cpu/vector.h",
-        "store(buffer, v);\n  std::memcpy(p, buffer, sizeof(T) * static_cast<size_t>(count));",
-        "store(buffer, v);\n  std::memcpy(p, buffer, sizeof(T) * static_cast<size_t>(count + 1));",
+        "cpu/gelu.cpp",
+        "T* out = static_cast<T*>(a.out);",
+        "T* out = a.tanh ? nullptr : static_cast<T*>(a.out) - 1;",
     ):
+        case = testing.gelu_case(3, 7, name="crash", approximate="tanh")
+        with pytest.raises(AssertionError, match=r"gelu_forward: the arm64 program ended with -?1"):
+            testing.run_gate(case, torch.float32, "cpu")
+        # In the next program: what is left of a crash is no reason for more red.
         case = testing.gelu_case(3, 7, name="overrun")
         with pytest.raises(AssertionError, match="gelu_forward wrote outside of out"):
             testing.run_gate(case, torch.float32, "cpu")
-
-
-@pytest.mark.arm64
-def test_a_crash_is_red_and_the_next_launch_goes_on(arm64_mutant):
-    with arm64_mutant(
-        "cpu/gelu.cpp", "T* out = static_cast<T*>(a.out);", "T* out = a.tanh ? nullptr : (T*)a.out;"
-    ):
-        crashes = testing.gelu_case(3, 7, name="crash", approximate="tanh")
-        with pytest.raises(AssertionError, match=r"gelu_forward: the arm64 program ended with -?1"):
-            testing.run_gate(crashes, torch.float32, "cpu")
-        testing.run_gate(testing.gelu_case(3, 7, name="no_crash"), torch.float32, "cpu")
 
 
 @pytest.mark.arm64
