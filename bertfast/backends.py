@@ -24,11 +24,11 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op word -> its backends, in the order automatic choice tries them. ``bertfast/kernels/<backend>/
 # <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
 TABLE: dict[str, tuple[str, ...]] = {
-    "attention": ("reference",),
+    "attention": ("cpu", "reference"),
     "layernorm": ("cpu", "reference"),
     "gelu": ("cpu", "reference"),
     "embedding": ("cpu", "reference"),
-    "cross_entropy": ("reference",),
+    "cross_entropy": ("cpu", "reference"),
     "dropout": ("cpu", "reference"),
 }
 

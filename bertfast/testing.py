@@ -515,6 +515,7 @@ def attention_case(
     dropout_p: float = 0.0,
     scale: float | None = None,
     packed: bool = False,
+    layout: str = "contiguous",
     upstream: str = "contiguous",
     spread: float = 1.0,
 ) -> Case:
@@ -530,7 +531,7 @@ def attention_case(
         def tokens(count: int, *inner: int) -> Tensor:
             x = spread * _normal(generator, count + storage, *inner, heads, head_dim)
             x[count:] = float("nan")
-            return x
+            return _laid_out(x, layout)
 
         tensors = {"seed": seed_tensor(), "cu_seqlens_q": cu_seqlens_of(lengths)}
         if packed:
@@ -609,6 +610,8 @@ def cross_entropy_case(
     labelled: float = 0.5,
     bias: bool = True,
     reduction: str = "mean",
+    layout: str = "contiguous",
+    label_dtype: torch.dtype = torch.int64,
     spread: float = 1.0,
 ) -> Case:
     """``cross_entropy`` with a share ``labelled`` of the tokens labelled."""
@@ -617,9 +620,9 @@ def cross_entropy_case(
         labels = torch.randint(vocabulary, (tokens,), generator=generator)
         ignored = torch.rand(tokens, generator=generator) >= labelled
         tensors = {
-            "hidden": spread * _normal(generator, tokens, columns),
-            "weight": _normal(generator, vocabulary, columns) * columns**-0.5,
-            "labels": labels.masked_fill(ignored, -100),
+            "hidden": _laid_out(spread * _normal(generator, tokens, columns), layout),
+            "weight": _laid_out(_normal(generator, vocabulary, columns) * columns**-0.5, layout),
+            "labels": labels.masked_fill(ignored, -100).to(label_dtype),
         }
         if bias:
             tensors["bias"] = _normal(generator, vocabulary)
@@ -639,7 +642,7 @@ def cross_entropy_case(
         weight = t["weight"].to(t["hidden"].dtype)
         logits = F.linear(t["hidden"], weight, t["bias"].to(weight.dtype) if bias else None)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, t["labels"], reduction="sum")
+        loss = F.cross_entropy(logits, t["labels"].long(), reduction="sum")
         count = int((t["labels"] != -100).sum())
         return loss / max(count, 1) if reduction == "mean" else loss
 
@@ -740,6 +743,17 @@ def _attention_cases() -> list[Case]:
         attention_case([130, 7], 2, 64, name="several_blocks", packed=True, dropout_p=0.5),
         attention_case([12, 30], 12, 64, name="base", packed=True, storage=2),
         attention_case([9], 1, 256, name="widest_head"),
+        # A head's columns in more than one panel, the last one not full.
+        attention_case([70], 2, 100, name="wide_head", dropout_p=0.1),
+        attention_case([33, 40], 2, 32, name="narrow_head", packed=True, dropout_p=0.1),
+        # More queries than a thread takes at once, and more keys than a block.
+        attention_case([410], 2, 16, name="long", dropout_p=0.1),
+        # One head of one sequence: two threads share its backward.
+        attention_case([200], 1, 24, name="split", dropout_p=0.1),
+        attention_case([150], 1, 24, name="split-cross", key_lengths=[70], causal=True),
+        attention_case([20, 5], 2, 8, name="negative_scale", scale=-0.5),
+        attention_case([20, 5], 2, 8, name="sliced", layout="sliced", upstream="sliced"),
+        attention_case([20, 5], 2, 8, name="transposed_inputs", layout="transposed"),
         attention_case([5, 8], 2, 8, name="cross", key_lengths=[9, 3], dropout_p=0.1),
         attention_case([5, 8], 2, 8, name="cross-no_keys", key_lengths=[0, 3]),
         attention_case([20, 33], 2, 8, name="causal", causal=True, packed=True, dropout_p=0.1),
@@ -763,6 +777,12 @@ def _cross_entropy_cases() -> list[Case]:
         cross_entropy_case(37, 101, 333, name="sum", reduction="sum"),
         cross_entropy_case(150, 64, 1000, name="several_blocks", labelled=1.0),
         cross_entropy_case(37, 64, 1000, name="confident", spread=30.0),
+        # More shares of the vocabulary than one, on every instruction set, the last one not full.
+        cross_entropy_case(30, 70, 3001, name="several_shares", labelled=1.0),
+        cross_entropy_case(21, 768, 200, name="base"),
+        cross_entropy_case(37, 101, 333, name="sliced", layout="sliced"),
+        cross_entropy_case(37, 101, 333, name="transposed", layout="transposed"),
+        cross_entropy_case(37, 24, 50, name="int32_labels", label_dtype=torch.int32),
     ]
 
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -85,6 +86,141 @@ bool known(int dtype) { return dtype == 0 || dtype == 1; }
 // float32 activations take float32 parameters; bfloat16 ones take either.
 bool known(int dtype, int parameter_dtype) {
   return known(dtype) && known(parameter_dtype) && parameter_dtype <= dtype;
+}
+
+// Token and head strides of one tensor.
+using Strides = std::pair<int64_t, int64_t>;
+
+// Products of sizes that are far beyond any memory must not overflow on the way to an address.
+bool sensible(int64_t size) { return size >= 0 && size <= (int64_t{1} << 40); }
+
+int attention_forward(Address q, Address k, Address v, Address out, Address logsumexp,
+                      Address cu_seqlens_q, Address cu_seqlens_k, Address seed, int64_t batch,
+                      int64_t queries, int64_t keys, int64_t heads, int64_t head_dim,
+                      Strides q_strides, Strides k_strides, Strides v_strides, float scale,
+                      bool causal, uint32_t threshold, uint32_t site, int dtype, int threads) {
+  if (const int broken = first_broken(
+          sensible(batch) && sensible(queries) && sensible(keys), heads >= 1 && sensible(heads),
+          head_dim >= 1 && head_dim <= 256, threads >= 1, known(dtype), threshold <= dropout_lanes,
+          (threshold > 0) == (seed != 0), cu_seqlens_q && cu_seqlens_k,
+          queries == 0 || (q && out && logsumexp), keys == 0 || (k && v)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  const bool done = current.kernels->attention_forward({at(q),
+                                                        at(k),
+                                                        at(v),
+                                                        at(out),
+                                                        at<float>(logsumexp),
+                                                        at<const int32_t>(cu_seqlens_q),
+                                                        at<const int32_t>(cu_seqlens_k),
+                                                        at<const int64_t>(seed),
+                                                        batch,
+                                                        queries,
+                                                        keys,
+                                                        heads,
+                                                        head_dim,
+                                                        q_strides.first,
+                                                        q_strides.second,
+                                                        k_strides.first,
+                                                        k_strides.second,
+                                                        v_strides.first,
+                                                        v_strides.second,
+                                                        scale,
+                                                        causal,
+                                                        threshold,
+                                                        site,
+                                                        static_cast<Dtype>(dtype),
+                                                        threads});
+  return done ? 0 : out_of_memory;
+}
+
+int attention_backward(Address dout, Address q, Address k, Address v, Address out,
+                       Address logsumexp, Address dq, Address dk, Address dv, Address cu_seqlens_q,
+                       Address cu_seqlens_k, Address seed, int64_t batch, int64_t queries,
+                       int64_t keys, int64_t heads, int64_t head_dim, Strides q_strides,
+                       Strides k_strides, Strides v_strides, Strides dq_strides, Strides dk_strides,
+                       Strides dv_strides, float scale, bool causal, uint32_t threshold,
+                       uint32_t site, int dtype, int threads) {
+  if (const int broken = first_broken(
+          sensible(batch) && sensible(queries) && sensible(keys), heads >= 1 && sensible(heads),
+          head_dim >= 1 && head_dim <= 256, threads >= 1, known(dtype), threshold <= dropout_lanes,
+          (threshold > 0) == (seed != 0), cu_seqlens_q && cu_seqlens_k,
+          queries == 0 || (dout && q && out && logsumexp && dq), keys == 0 || (k && v && dk && dv)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  const bool done = current.kernels->attention_backward({at(dout),
+                                                         at(q),
+                                                         at(k),
+                                                         at(v),
+                                                         at(out),
+                                                         at<float>(logsumexp),
+                                                         at(dq),
+                                                         at(dk),
+                                                         at(dv),
+                                                         at<const int32_t>(cu_seqlens_q),
+                                                         at<const int32_t>(cu_seqlens_k),
+                                                         at<const int64_t>(seed),
+                                                         batch,
+                                                         queries,
+                                                         keys,
+                                                         heads,
+                                                         head_dim,
+                                                         q_strides.first,
+                                                         q_strides.second,
+                                                         k_strides.first,
+                                                         k_strides.second,
+                                                         v_strides.first,
+                                                         v_strides.second,
+                                                         dq_strides.first,
+                                                         dq_strides.second,
+                                                         dk_strides.first,
+                                                         dk_strides.second,
+                                                         dv_strides.first,
+                                                         dv_strides.second,
+                                                         scale,
+                                                         causal,
+                                                         threshold,
+                                                         site,
+                                                         static_cast<Dtype>(dtype),
+                                                         threads});
+  return done ? 0 : out_of_memory;
+}
+
+int cross_entropy_forward(Address hidden, Address weight, Address bias, Address labels,
+                          Address loss, Address logsumexp, int64_t tokens, int64_t columns,
+                          int64_t vocabulary, int64_t ignore_index, bool mean, bool wide_labels,
+                          int dtype, int weight_dtype, int bias_dtype, int threads) {
+  if (const int broken = first_broken(
+          sensible(tokens), columns >= 1 && sensible(columns),
+          vocabulary >= 1 && sensible(vocabulary), threads >= 1, known(dtype, weight_dtype),
+          known(dtype, bias_dtype), weight && loss, tokens == 0 || (hidden && labels && logsumexp)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  const bool done = current.kernels->cross_entropy_forward(
+      {at(hidden), at(weight), at(bias), at(labels), at<float>(loss), at<float>(logsumexp), tokens,
+       columns, vocabulary, ignore_index, mean, wide_labels, static_cast<Dtype>(dtype),
+       static_cast<Dtype>(weight_dtype), static_cast<Dtype>(bias_dtype), threads});
+  return done ? 0 : out_of_memory;
+}
+
+int cross_entropy_backward(Address dloss, Address hidden, Address weight, Address bias,
+                           Address labels, Address logsumexp, Address dhidden, Address dweight,
+                           Address dbias, int64_t tokens, int64_t columns, int64_t vocabulary,
+                           int64_t ignore_index, bool mean, bool wide_labels, int dtype,
+                           int weight_dtype, int bias_dtype, int threads) {
+  if (const int broken = first_broken(sensible(tokens), columns >= 1 && sensible(columns),
+                                      vocabulary >= 1 && sensible(vocabulary), threads >= 1,
+                                      known(dtype, weight_dtype), known(dtype, bias_dtype),
+                                      dloss && weight && dweight, (bias != 0) == (dbias != 0),
+                                      tokens == 0 || (hidden && labels && logsumexp && dhidden)))
+    return broken;
+  py::gil_scoped_release unlocked;
+  const bool done = current.kernels->cross_entropy_backward(
+      {at<float>(dloss), at(hidden), at(weight), at(bias), at(labels), at<float>(logsumexp),
+       at(dhidden), at(dweight), at(dbias), tokens, columns, vocabulary, ignore_index, mean,
+       wide_labels, static_cast<Dtype>(dtype), static_cast<Dtype>(weight_dtype),
+       static_cast<Dtype>(bias_dtype), threads});
+  return done ? 0 : out_of_memory;
 }
 
 int layernorm_forward(Address x, Address residual, Address weight, Address bias, Address out,
@@ -276,6 +412,10 @@ PYBIND11_MODULE(_cpu, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+  m.def("cross_entropy_forward", &cross_entropy_forward);
+  m.def("cross_entropy_backward", &cross_entropy_backward);
   m.def("layernorm_forward", &layernorm_forward);
   m.def("layernorm_backward", &layernorm_backward);
   m.def("gelu_forward", &gelu_forward);

@@ -2,15 +2,11 @@
 // bias) with xhat the normalised s, and its gradients.
 //
 // Ids may be any number at all: one that is no row of its table reads zeros and gets no gradient.
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "dropout.h"
 #include "kernels.h"
 #include "norm.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "vector.h"
 
 namespace bertfast {
@@ -126,23 +122,6 @@ bool backward_tokens(const EmbeddingBackward& a, int64_t begin, int64_t end) {
   };
   backward_blocks(a.tokens, columns, a.blocks, a.partial, begin, end, rows);
   return true;
-}
-
-// glibc maps a block this large anew every time, and fresh pages of 4 KB take five times as long to
-// fill as those of 2 MB, which Linux often has for the asking.
-void ask_for_large_pages(void* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t always_fresh = 32 << 20;
-  if (bytes < always_fresh) return;
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
-  const uintptr_t end =
-      (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / page * page;
-  // Refused, the pages are the usual ones.
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)p, (void)bytes;
-#endif
 }
 
 // A token that reads `row` of a table.

@@ -12,6 +12,80 @@ namespace bertfast {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1 };
 
+// q and out are (queries, heads, head_dim), k and v (keys, heads, head_dim); elements of a head are
+// neighbours, and the strides of tokens and heads are given. cu_seqlens may hold anything: it is
+// read as the nearest numbers that never fall and stay inside the tensors.
+struct AttentionForward {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;                    // contiguous
+  float* logsumexp;             // (heads, queries)
+  const int32_t* cu_seqlens_q;  // (batch + 1)
+  const int32_t* cu_seqlens_k;  // (batch + 1)
+  const int64_t* seed;          // one element; null without dropout
+  int64_t batch, queries, keys, heads, head_dim;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  float scale;
+  bool causal;
+  uint32_t threshold, site;
+  Dtype dtype;
+  int threads;
+};
+
+struct AttentionBackward {
+  const void* dout;  // as out
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* out;
+  const float* logsumexp;  // (heads, queries)
+  void* dq;                // as q, k and v, with strides of their own
+  void* dk;
+  void* dv;
+  const int32_t* cu_seqlens_q;  // (batch + 1)
+  const int32_t* cu_seqlens_k;  // (batch + 1)
+  const int64_t* seed;          // one element; null without dropout
+  int64_t batch, queries, keys, heads, head_dim;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  int64_t dq_token, dq_head, dk_token, dk_head, dv_token, dv_head;
+  float scale;
+  bool causal;
+  uint32_t threshold, site;
+  Dtype dtype;
+  int threads;
+};
+
+// A label that is neither ignore_index nor a class counts as ignored.
+struct CrossEntropyForward {
+  const void* hidden;  // (tokens, columns)
+  const void* weight;  // (vocabulary, columns), weight_dtype
+  const void* bias;    // (vocabulary), bias_dtype, or null
+  const void* labels;  // (tokens), int64, or int32 unless wide_labels
+  float* loss;         // one element
+  float* logsumexp;    // (tokens); 0 where there is no label
+  int64_t tokens, columns, vocabulary, ignore_index;
+  bool mean, wide_labels;
+  Dtype dtype, weight_dtype, bias_dtype;
+  int threads;
+};
+
+struct CrossEntropyBackward {
+  const float* dloss;      // one element
+  const void* hidden;      // (tokens, columns)
+  const void* weight;      // (vocabulary, columns), weight_dtype
+  const void* bias;        // (vocabulary), bias_dtype, or null
+  const void* labels;      // (tokens), int64, or int32 unless wide_labels
+  const float* logsumexp;  // (tokens)
+  void* dhidden;           // (tokens, columns)
+  void* dweight;           // (vocabulary, columns), weight_dtype
+  void* dbias;             // (vocabulary), bias_dtype, or null
+  int64_t tokens, columns, vocabulary, ignore_index;
+  bool mean, wide_labels;
+  Dtype dtype, weight_dtype, bias_dtype;
+  int threads;
+};
+
 struct LayernormForward {
   const void* x;         // (rows, columns)
   const void* residual;  // (rows, columns) or null
@@ -125,6 +199,10 @@ struct EmbeddingBackward {
 
 struct Kernels {
   // Those that return bool give false when they are out of memory.
+  bool (*attention_forward)(const AttentionForward&);
+  bool (*attention_backward)(const AttentionBackward&);
+  bool (*cross_entropy_forward)(const CrossEntropyForward&);
+  bool (*cross_entropy_backward)(const CrossEntropyBackward&);
   bool (*layernorm_forward)(const LayernormForward&);
   void (*layernorm_backward)(const LayernormBackward&);
   void (*gelu_forward)(const GeluForward&);
@@ -136,6 +214,10 @@ struct Kernels {
 
 #if defined(BERTFAST_ISA)
 namespace BERTFAST_ISA {
+bool attention_forward(const AttentionForward&);
+bool attention_backward(const AttentionBackward&);
+bool cross_entropy_forward(const CrossEntropyForward&);
+bool cross_entropy_backward(const CrossEntropyBackward&);
 bool layernorm_forward(const LayernormForward&);
 void layernorm_backward(const LayernormBackward&);
 void gelu_forward(const GeluForward&);

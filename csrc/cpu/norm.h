@@ -30,15 +30,6 @@ class Row {
   float* data_;
 };
 
-// Asks for what is needed next while the memory has nothing to do: the later passes over a row run
-// from the cache. An address behind the end is harmless.
-template <class T>
-inline void prefetch(const T* p, int64_t offset) {
-  // As a number: a pointer may not even be formed behind the end.
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + sizeof(T) * static_cast<uint64_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-}
-
 // Calls body(first, last) for the pieces of a row that a RowMask draws at once.
 template <class Body>
 inline __attribute__((always_inline)) void for_pieces(int64_t columns, const Body& body) {

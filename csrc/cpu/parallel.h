@@ -34,5 +34,22 @@ inline void parallel(int threads, int64_t items, int64_t elements, const Body& b
   if (items > 0) body(static_cast<int64_t>(0), items);
 }
 
+// Calls body(take) on up to `threads` threads; take() gives each task of [0, tasks) out once, and
+// then numbers >= tasks. Whoever is done takes the next, so tasks may be of different sizes.
+template <class Body>
+inline void parallel_tasks(int threads, int64_t tasks, const Body& body) {
+  int64_t next = 0;
+  const auto take = [&next] { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); };
+#if defined(_OPENMP)
+  const int64_t count = threads < tasks ? threads : tasks;
+  if (count > 1) {
+#pragma omp parallel num_threads(static_cast<int>(count))
+    body(take);
+    return;
+  }
+#endif
+  if (tasks > 0) body(take);
+}
+
 }  // namespace
 }  // namespace bertfast

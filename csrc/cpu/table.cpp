@@ -5,7 +5,8 @@ namespace bertfast {
 namespace BERTFAST_ISA {
 
 const Kernels kernels = {
-    layernorm_forward, layernorm_backward, gelu_forward,       gelu_backward,
+    attention_forward, attention_backward, cross_entropy_forward, cross_entropy_backward,
+    layernorm_forward, layernorm_backward, gelu_forward,          gelu_backward,
     dropout,           embedding_forward,  embedding_backward,
 };
 

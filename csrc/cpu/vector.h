@@ -106,12 +106,66 @@ inline Floats rounded(Floats product) {
   return product;
 }
 
+// v in the first `count` lanes, `other` in the rest.
+inline Floats first_lanes(Floats v, int64_t count, Floats other) {
+  Ints lane;
+  for (int i = 0; i < width; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(count) ? v : other;
+}
+
+// Folds a vector in halves until one lane is left. Through memory the loop would wait for each store.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BERTFAST_SHUFFLE 1
+#endif
+#endif
+
+template <int half>
+inline Floats upper_lanes(Floats v) {
+#if defined(BERTFAST_SHUFFLE)
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(v, v, half, half + 1, (half + 2) % 16, (half + 3) % 16,
+                                 (half + 4) % 16, (half + 5) % 16, (half + 6) % 16, (half + 7) % 16,
+                                 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(v, v, half, half + 1, (half + 2) % 8, (half + 3) % 8, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(v, v, half, half + 1, 2, 3);
+#endif
+#else
+  Floats upper = v;
+  for (int i = 0; i < half; ++i) upper[i] = v[i + half];
+  return upper;
+#endif
+}
+
+template <class Fold>
+inline float fold(Floats v, const Fold& with) {
+#if defined(__AVX512F__)
+  v = with(v, upper_lanes<8>(v));
+#endif
+#if defined(__AVX2__)
+  v = with(v, upper_lanes<4>(v));
+#endif
+  v = with(v, upper_lanes<2>(v));
+  return with(v, upper_lanes<1>(v))[0];
+}
+
 inline float sum(Floats v) {
-  float lanes[width];
-  store(lanes, v);
-  for (int half = width / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return fold(v, [](Floats a, Floats b) { return a + b; });
+}
+
+inline float largest(Floats v) {
+  return fold(v, [](Floats a, Floats b) { return a > b ? a : b; });
+}
+
+// Asks for what is needed later while there is something else to do. An address behind the end is
+// harmless.
+template <class T>
+inline void prefetch(const T* p, int64_t offset) {
+  // As a number: a pointer may not even be formed behind the end.
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + sizeof(T) * static_cast<uint64_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
 }
 
 // How for_columns lets its body load and store: a full vector, or at the end only the elements that
@@ -176,6 +230,37 @@ inline Floats exponential(Floats x) {
   const Words exponent = bit_cast<Words>(shifted) << 23;
   const Floats scaled = bit_cast<Floats>(bit_cast<Words>(p) + exponent);
   return x < lowest ? Floats{} : (x > highest ? broadcast(__builtin_inff()) : scaled);
+}
+
+constexpr float log2_e = 1.44269504f;
+
+// 2^x for x <= 127, a minimax fit on |r| <= 1/2 with a relative error of 9e-8 before rounding; 0
+// where that is below the normal numbers, also for minus infinity; NaN stays NaN.
+inline Floats power_of_two(Floats x) {
+  const Floats magic = broadcast(12582912.0f);
+#if defined(__AVX512F__)
+  // Returns its second operand where one is NaN. 2^-200 is 0, without what -inf does to r.
+  const Floats bounded = reinterpret_cast<Floats>(
+      _mm512_maskz_max_ps(0xFFFF, _mm512_set1_ps(-200.0f), reinterpret_cast<__m512>(x)));
+#else
+  const Floats bounded = x;
+#endif
+  const Floats shifted = bounded + magic;
+  const Floats n = shifted - magic;
+  const Floats r = bounded - n;
+  Floats p = broadcast(1.326472727e-3f);
+  p = p * r + 9.671512756e-3f;
+  p = p * r + 5.550733744e-2f;
+  p = p * r + 2.402224208e-1f;
+  p = p * r + 6.931469776e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(
+      _mm512_maskz_scalef_ps(0xFFFF, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  const Floats scaled = bit_cast<Floats>(bit_cast<Words>(p) + (bit_cast<Words>(shifted) << 23));
+  return x >= -126.0f ? scaled : (x < -126.0f ? Floats{} : x);
+#endif
 }
 
 }  // namespace

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from bertfast import ops, testing
+from bertfast.backends import kernel
+from bertfast.kernels import cpu
 from bertfast.ops.dropout import attention_keep_mask
 
 SEED = testing.seed_tensor()
@@ -94,6 +96,196 @@ def test_dropout_uses_the_accumulator_layout():
     mask = attention_keep_mask(SEED, 4, rows, length, round(p * 65536))
     expected = every.flatten(0, 1) * mask / (1 - p)
     torch.testing.assert_close(kept.flatten(0, 1), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_cpu_mask_is_the_reference_mask(dtype, heads, use_isa):
+    """Bit for bit, on every instruction set: with equal scores and v the identity, an output is
+    zero exactly where the probability was dropped."""
+    lengths, width = (130, 1, 70), 256
+    queries = sum(lengths)
+    q = torch.zeros(queries, heads, width, dtype=dtype)
+    v = torch.zeros(queries, heads, width, dtype=dtype)
+    start = 0
+    for length in lengths:
+        v[start : start + length] = torch.eye(length, width, dtype=dtype).unsqueeze(1)
+        start += length
+    options = {"cu_seqlens_q": cu(*lengths), "max_seqlen_q": 130, "dropout_p": 0.3}
+
+    def kept(backend, seed, site):
+        out = ops.attention(
+            q, q, v, **options, seed=testing.seed_tensor(seed), site=site, backend=backend
+        )
+        return out != 0
+
+    for seed in (0, -1, testing.SEED):
+        for site in (0, 7, 0xFFFFFFFF):
+            expected = kept("reference", seed, site)
+            assert 0.2 < expected[:130, :, :130].double().mean() < 0.8
+            for isa in cpu.library().isas():
+                use_isa(isa)
+                assert torch.equal(kept("cpu", seed, site), expected), isa
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(300,), (200, 3, 40), (1, 0, 2)])
+def test_result_does_not_depend_on_the_number_of_threads(lengths, causal):
+    """Not even where threads share one head's backward, as in the first of these batches."""
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths) + 2, 3, 1, 24, requires_grad=True)
+    dout = torch.randn(sum(lengths) + 2, 1, 24)
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        out = ops.attention_qkvpacked(
+            qkv,
+            cu_seqlens=cu(*lengths),
+            max_seqlen=max(lengths),
+            causal=causal,
+            dropout_p=0.1,
+            seed=SEED,
+            backend="cpu",
+        )
+        results.append((out.detach(), *torch.autograd.grad(out, qkv, dout)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_are_the_same_bits_every_time():
+    qkv = torch.randn(500, 3, 4, 32, requires_grad=True)
+    dout = torch.randn(500, 4, 32)
+    out = ops.attention_qkvpacked(qkv, cu_seqlens=cu(300, 200), max_seqlen=300, backend="cpu")
+    first, *others = (torch.autograd.grad(out, qkv, dout, retain_graph=True)[0] for _ in range(20))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_logsumexp_is_what_the_reference_saves():
+    q, k, v = torch.randn(3, 40, 2, 8).unbind(0)
+    lengths = cu(25, 0, 9), cu(30, 4, 0)
+
+    def forward(backend):
+        arguments = (q, k, v, *lengths, 25, 30, 0.3, True, None, 0, 0)
+        return kernel("attention", backend).forward(*arguments)
+
+    (out, logsumexp), (expected, expected_logsumexp) = forward("cpu"), forward("reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(logsumexp, expected_logsumexp)
+    assert torch.isneginf(logsumexp[:, 25:34]).all(), "no keys"
+    assert not logsumexp[:, 34:].any(), "storage"
+
+
+def test_an_infinite_score_is_not_hidden():
+    q = torch.full((4, 1, 8), 1e38)
+    out = ops.attention(q, q, q, cu_seqlens_q=cu(4), max_seqlen_q=4, backend="cpu")
+    assert not out.isfinite().any()
+
+
+def test_cpu_dispatches_no_torch_arithmetic():
+    qkv = torch.randn(20, 3, 2, 8, requires_grad=True)
+    dout = torch.randn(20, 2, 8)
+    q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(1))
+    dropout = {"dropout_p": 0.1, "seed": SEED, "backend": "cpu"}
+    lengths = cu(12, 5)
+    with testing.KernelOnly() as seen:
+        out = ops.attention_qkvpacked(qkv, cu_seqlens=lengths, max_seqlen=12, **dropout)
+        torch.autograd.grad(out, qkv, dout)
+        out = ops.attention(q, k, v, cu_seqlens_q=lengths, max_seqlen_q=12, **dropout)
+        torch.autograd.grad(out, (q, k, v), dout)
+    assert "empty" in seen.seen
+    assert "copy_" not in seen.seen, "queries, keys and values are read in place"
+
+
+def test_reference_would_fail_the_dispatch_test():
+    qkv = torch.randn(20, 3, 2, 8)
+    with testing.KernelOnly(), pytest.raises(AssertionError, match="a kernel dispatched"):
+        ops.attention_qkvpacked(qkv, cu_seqlens=cu(20), max_seqlen=20, backend="reference")
+
+
+SOURCE = "cpu/attention.cpp"
+MUTATIONS = {
+    "the outputs so far are not rescaled": (
+        SOURCE,
+        "store(out + c, load(out + c) * rescale[j]);",
+        "store(out + c, load(out + c));",
+    ),
+    "a dropped probability does not count in the sum": (
+        SOURCE,
+        "total += p;\n          if (a.seed) p = keep(p, lanes + c, a.threshold);",
+        "if (a.seed) p = keep(p, lanes + c, a.threshold);\n          total += p;",
+    ),
+    "keys behind the last one count": (
+        SOURCE,
+        "t = first_lanes(t, visible[j] - c, minus_infinity);",
+        "t = first_lanes(t, width, minus_infinity);",
+    ),
+    "no 1 / (1 - p) in forward": (
+        SOURCE,
+        "sees ? kept_scale / total : 0.0f",
+        "sees ? 1.0f / total : 0.0f",
+    ),
+    "no 1 / (1 - p) in dv": (
+        SOURCE,
+        "size.sums, rows, size.head_dim, kept_scale);",
+        "size.sums, rows, size.head_dim, 1.0f);",
+    ),
+    "causal aligned at the top left": (
+        SOURCE,
+        "const int64_t last = i + keys - queries + 1;",
+        "const int64_t last = i + 1;",
+    ),
+    "no row dot": (
+        SOURCE,
+        "probability * (dp - row_dots[slot * block + r + j])",
+        "probability * dp",
+    ),
+    "the second row has the first one's mask": (
+        SOURCE,
+        "p[j] = keep(probability, lanes[j] + c, a.threshold);",
+        "p[j] = keep(probability, lanes[0] + c, a.threshold);",
+    ),
+    "every block has the first one's mask": (
+        "cpu/dropout.h",
+        "static_cast<uint64_t>(block * 8 + first)",
+        "static_cast<uint64_t>(first)",
+    ),
+    "lanes of the row-wise layout": (
+        "cpu/dropout.h",
+        "std::memcpy(lanes + 16 * i + 8 + first, &high, sizeof(high));",
+        "std::memcpy(lanes + 16 * i + 8 + first, &low, sizeof(low));",
+    ),
+    "storage keeps what was there": (
+        SOURCE,
+        "clear_rows(x, token, head, last, tokens, heads, head_dim);",
+        "",
+    ),
+    "a block of keys starts with the last one's gradient": (
+        SOURCE,
+        "std::memset(dk, 0, bytes);",
+        "",
+    ),
+    "the columns of the second panel are the first one's": (
+        "cpu/matmul.h",
+        "columns -= panel_columns, panels += panel_stride,",
+        "columns -= panel_columns, panels += 0 * panel_stride,",
+    ),
+    "the depth's second part is left out": (
+        "cpu/matmul.h",
+        "k < depth; k += depth_together",
+        "k < smaller(depth, depth_together); k += depth_together",
+    ),
+    "transposed within blocks only": (
+        "cpu/matmul.h",
+        "  exchange_rows<8>(rows);",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_gate_bites(name, mutants):
+    with mutants.in_place(*MUTATIONS[name]):
+        assert testing.gates_are_red("attention", "cpu")
 
 
 BAD = {

@@ -36,6 +36,130 @@ def test_nothing_labelled_is_zero_with_zero_gradients(reduction):
         assert not grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_result_does_not_depend_on_the_number_of_threads(dtype):
+    torch.manual_seed(0)
+    leaves = [
+        t.to(dtype).requires_grad_()
+        for t in (torch.randn(50, 70), torch.randn(3001, 70), torch.randn(3001))
+    ]
+    labels = torch.randint(3001, (50,)).masked_fill(torch.rand(50) < 0.5, -100)
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        loss = ops.cross_entropy(*leaves, labels, backend="cpu")
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_incoming_gradient_scales_all_three():
+    leaves = [t.requires_grad_() for t in (torch.randn(5, 4), torch.randn(9, 4), torch.randn(9))]
+    labels = torch.tensor([1, -100, 8, 0, 3])
+    loss = ops.cross_entropy(*leaves, labels, backend="cpu")
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for one, three in zip(once, torch.autograd.grad(loss * 3, leaves), strict=True):
+        torch.testing.assert_close(three, 3 * one)
+
+
+def test_no_logits_of_all_tokens_exist(monkeypatch):
+    """The largest thing torch allocates is a gradient; the rest is the kernel's own, by design a
+    panel of the vocabulary and sixteen rows per labelled token (the benchmark measures it)."""
+    sizes = []
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def counted(*args, make=make, **kwargs):
+            sizes.append((made := make(*args, **kwargs)).numel())
+            return made
+
+        monkeypatch.setattr(torch, name, counted)
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(5000, 8)
+    loss = ops.cross_entropy(hidden, weight, None, torch.arange(64), backend="cpu")
+    loss.backward()
+    assert 0 < max(sizes) <= weight.numel()
+
+
+def test_cpu_dispatches_no_torch_arithmetic():
+    leaves = [t.requires_grad_() for t in (torch.randn(6, 4), torch.randn(9, 4), torch.randn(9))]
+    labels, dloss = torch.tensor([3, -100, 0, 8, -100, 3]), torch.ones(())
+    # What looks whether the labels are in range, before the kernel.
+    looks = ("lt", "ge", "ne", "bitwise_or", "bitwise_and_", "any", "_local_scalar_dense")
+    with testing.KernelOnly(*looks) as seen:
+        loss = ops.cross_entropy(*leaves, labels, backend="cpu")
+        torch.autograd.grad(loss, leaves, dloss)
+    assert "empty" in seen.seen
+
+
+def test_reference_would_fail_the_dispatch_test():
+    with testing.KernelOnly(), pytest.raises(AssertionError, match="a kernel dispatched"):
+        ops.cross_entropy(
+            torch.randn(2, 4), torch.randn(9, 4), None, torch.ones(2).long(), backend="reference"
+        )
+
+
+SOURCE = "cpu/cross_entropy.cpp"
+MUTATIONS = {
+    "the sum so far is not rescaled": (
+        SOURCE,
+        "of_token.total * rescale + sum(total)",
+        "of_token.total + sum(total)",
+    ),
+    "classes behind the last one count": (
+        SOURCE,
+        "if (count - c < width) z = first_lanes(z, count - c, broadcast(-__builtin_inff()));",
+        "",
+    ),
+    "a target's logit without its bias": (
+        SOURCE,
+        "of_token.target = row[label];",
+        "of_token.target = row[label] - biases[label];",
+    ),
+    "shares of the vocabulary added up without their maxima": (
+        SOURCE,
+        "std::exp(static_cast<double>(part.largest) - top)",
+        "1.0",
+    ),
+    "the mean over all tokens": (
+        SOURCE,
+        "a.mean ? loss / static_cast<double>(tokens)",
+        "a.mean ? loss / static_cast<double>(a.tokens)",
+    ),
+    "no target in backward": (SOURCE, "p[at] -= 1.0f;", "p[at] -= 0.0f;"),
+    "backward's mean over all tokens": (
+        SOURCE,
+        "a.mean ? *a.dloss / static_cast<float>(tokens)",
+        "a.mean ? *a.dloss / static_cast<float>(a.tokens)",
+    ),
+    "only the first share of dhidden": (
+        SOURCE,
+        "for (int64_t share = 0; share < shares; ++share)\n          total += load(dhidden",
+        "for (int64_t share = 0; share < 1; ++share)\n          total += load(dhidden",
+    ),
+    "dhidden of the neighbouring token": (
+        SOURCE,
+        "io.put(out + labelled[i] * a.columns + c, total);",
+        "io.put(out + labelled[0] * a.columns + c, total);",
+    ),
+    "a panel's dhidden replaces the last one's": (
+        SOURCE,
+        "a.columns, share_dhidden, sums, true);",
+        "a.columns, share_dhidden, sums, false);",
+    ),
+    "unlabelled tokens keep what was in dhidden": (
+        SOURCE,
+        "std::memset(out + begin * a.columns, 0,",
+        "std::memset(out + begin * a.columns, 0, 0 *",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_gate_bites(name, mutants):
+    with mutants.in_place(*MUTATIONS[name]):
+        assert testing.gates_are_red("cross_entropy", "cpu")
+
+
 def test_the_scalar_is_float32_and_ignored_tokens_are_not_read():
     hidden = torch.randn(4, 8).bfloat16()
     hidden[1] = float("nan")

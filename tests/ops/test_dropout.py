@@ -193,8 +193,8 @@ def test_cpu_dispatches_no_torch_arithmetic():
 
 MUTATIONS = {
     "no 1 / (1 - p)": ("cpu/dropout.h", "v * scale_", "v"),
-    "kept and dropped exchanged": ("cpu/dropout.h", ">= threshold_", "< threshold_"),
-    "the threshold's own lane dropped": ("cpu/dropout.h", ">= threshold_", "> threshold_"),
+    "kept and dropped exchanged": ("cpu/dropout.h", ">= threshold)", "< threshold)"),
+    "the threshold's own lane dropped": ("cpu/dropout.h", ">= threshold)", "> threshold)"),
     "six rounds": ("philox.h", "philox_rounds = 7", "philox_rounds = 6"),
     "no site": (
         "cpu/dropout.h",

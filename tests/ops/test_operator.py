@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -165,21 +164,3 @@ def test_an_input_that_needs_no_gradient_gets_none():
     out.backward(torch.randn_like(out))
     assert x.grad is not None
     assert frozen.grad is None
-
-
-def test_python_threads_at_once_get_their_own_results():
-    case = next(c for c in testing.CASES["layernorm"] if c.name == "two_threads-p0.1")
-    expected = case.op(case.inputs(torch.float32), None)
-    results = [None] * 4
-
-    def work(i):
-        torch.set_num_threads(1 + i % 2)
-        for _ in range(20):
-            results[i] = case.op(case.inputs(torch.float32), None)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(result, expected) for result in results)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import check_launch, dense, dtype_code
+from bertfast.kernels.cpu import check_launch, dense, dtype_code, threads
 
 
 def supports(x: Tensor) -> str | None:
@@ -25,7 +25,7 @@ def forward(x: Tensor, seed: Tensor, threshold: int, site: int) -> Tensor:
         threshold,
         site,
         dtype_code(x),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "dropout", rows=rows, columns=columns, dtype=x.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code
+from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
 
 # How many tokens' shares of a table's gradient are summed at a time.
 _CHUNK = 64
@@ -75,7 +75,7 @@ def forward(
         dtype_code(word),
         dtype_code(weight),
         dtype_code(out),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "embedding_forward", tokens=tokens, columns=columns, dtype=word.dtype)
@@ -149,7 +149,7 @@ def backward(
         dtype_code(word),
         dtype_code(weight),
         dtype_code(dout),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "embedding_backward", tokens=tokens, columns=columns, dtype=word.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code
+from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
 
 
 def supports(x: Tensor) -> str | None:
@@ -32,7 +32,7 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         approximate == "tanh",
         dtype_code(x),
         0 if bias is None else dtype_code(bias),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "gelu_forward", rows=rows, columns=columns, dtype=x.dtype)
@@ -65,7 +65,7 @@ def backward(
         approximate == "tanh",
         dtype_code(x),
         0 if bias is None else dtype_code(bias),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "gelu_backward", rows=rows, columns=columns, dtype=x.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code
+from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
 
 
 def supports(x: Tensor) -> str | None:
@@ -46,7 +46,7 @@ def forward(
         site,
         dtype_code(x),
         dtype_code(weight),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "layernorm_forward", rows=rows, columns=columns, dtype=x.dtype)
@@ -91,7 +91,7 @@ def backward(
         site,
         dtype_code(total),
         dtype_code(weight),
-        torch.get_num_threads(),
+        threads(),
     )
     if status:
         check_launch(status, "layernorm_backward", rows=rows, columns=columns, dtype=total.dtype)

@@ -39,10 +39,84 @@ PACKAGES = "g++-aarch64-linux-gnu and qemu-user"
 
 ELEMENT_BYTES = (4, 2)  # by Dtype
 
+
+def heads_bytes(n: SimpleNamespace, tokens: int, strides: tuple[int, int]) -> int:
+    """From the first element of attention's heads to the last."""
+    if tokens == 0:
+        return 0
+    return ((tokens - 1) * strides[0] + (n.heads - 1) * strides[1] + n.head_dim) * n.T
+
+
 # Bytes of each buffer, by its name in bindings.cpp, as a function of the numbers there. T and P are
 # the bytes of an element of `dtype` and of `parameter_dtype`. No buffer is there where the address
 # is null. Buffers that overlap, as strided views of one tensor do, do so in the program as well.
 SIZES: dict[str, dict[str, Callable[[SimpleNamespace], int]]] = {
+    "attention_forward": {
+        "q": lambda n: heads_bytes(n, n.queries, n.q_strides),
+        "k": lambda n: heads_bytes(n, n.keys, n.k_strides),
+        "v": lambda n: heads_bytes(n, n.keys, n.v_strides),
+        "out": lambda n: n.queries * n.heads * n.head_dim * n.T,
+        "logsumexp": lambda n: n.heads * n.queries * 4,
+        "cu_seqlens_q cu_seqlens_k": lambda n: (n.batch + 1) * 4,
+        "seed": lambda n: 8,
+    },
+    "attention_backward": {
+        "dout out": lambda n: n.queries * n.heads * n.head_dim * n.T,
+        "q": lambda n: heads_bytes(n, n.queries, n.q_strides),
+        "k": lambda n: heads_bytes(n, n.keys, n.k_strides),
+        "v": lambda n: heads_bytes(n, n.keys, n.v_strides),
+        "dq": lambda n: heads_bytes(n, n.queries, n.dq_strides),
+        "dk": lambda n: heads_bytes(n, n.keys, n.dk_strides),
+        "dv": lambda n: heads_bytes(n, n.keys, n.dv_strides),
+        "logsumexp": lambda n: n.heads * n.queries * 4,
+        "cu_seqlens_q cu_seqlens_k": lambda n: (n.batch + 1) * 4,
+        "seed": lambda n: 8,
+    },
+    "cross_entropy_forward": {
+        "hidden": lambda n: n.tokens * n.columns * n.T,
+        "weight": lambda n: n.vocabulary * n.columns * ELEMENT_BYTES[n.weight_dtype],
+        "bias": lambda n: n.vocabulary * ELEMENT_BYTES[n.bias_dtype],
+        "labels": lambda n: n.tokens * (8 if n.wide_labels else 4),
+        "loss": lambda n: 4,
+        "logsumexp": lambda n: n.tokens * 4,
+    },
+    "cross_entropy_backward": {
+        "dloss": lambda n: 4,
+        "hidden dhidden": lambda n: n.tokens * n.columns * n.T,
+        "weight dweight": lambda n: n.vocabulary * n.columns * ELEMENT_BYTES[n.weight_dtype],
+        "bias dbias": lambda n: n.vocabulary * ELEMENT_BYTES[n.bias_dtype],
+        "labels": lambda n: n.tokens * (8 if n.wide_labels else 4),
+        "logsumexp": lambda n: n.tokens * 4,
+    },
+    "dropout": {"x out": lambda n: n.rows * n.columns * n.T, "seed": lambda n: 8},
+    "embedding_forward": {
+        "word_ids": lambda n: n.tokens * (8 if n.word_wide else 4),
+        "position_ids": lambda n: n.tokens * (8 if n.position_wide else 4),
+        "type_ids": lambda n: n.tokens * (8 if n.type_wide else 4),
+        "word": lambda n: n.word_rows * n.columns * n.T,
+        "position": lambda n: n.position_rows * n.columns * n.T,
+        "token_type": lambda n: n.type_rows * n.columns * n.T,
+        "weight bias": lambda n: n.columns * n.P,
+        "out": lambda n: n.tokens * n.columns * ELEMENT_BYTES[n.out_dtype],
+        "statistics": lambda n: 2 * n.tokens * 4,
+        "seed": lambda n: 8,
+    },
+    "embedding_backward": {
+        "word_ids": lambda n: n.tokens * (8 if n.word_wide else 4),
+        "position_ids": lambda n: n.tokens * (8 if n.position_wide else 4),
+        "type_ids": lambda n: n.tokens * (8 if n.type_wide else 4),
+        "word dword": lambda n: n.word_rows * n.columns * n.T,
+        "position dposition": lambda n: n.position_rows * n.columns * n.T,
+        "token_type dtoken_type": lambda n: n.type_rows * n.columns * n.T,
+        "weight dweight dbias": lambda n: n.columns * n.P,
+        "dout": lambda n: n.tokens * n.columns * ELEMENT_BYTES[n.out_dtype],
+        "statistics": lambda n: 2 * n.tokens * 4,
+        "ds": lambda n: n.tokens * n.columns * 4,
+        "partial": lambda n: n.blocks * 2 * n.columns * 4,
+        "parts": lambda n: 3 * -(-n.tokens // n.chunk) * 2 * n.columns * 4,
+        "readers": lambda n: 4 * n.tokens * 2 * 8,
+        "seed": lambda n: 8,
+    },
     "layernorm_forward": {
         "x residual out total": lambda n: n.rows * n.columns * n.T,
         "weight bias": lambda n: n.columns * n.P,
