@@ -198,8 +198,12 @@ class Forward {
     pack_left<Units>(q_left, size.left, q, a.q_token, rows, size.head_dim);
     for (int64_t r = 0; r < rows; ++r) maxima[r] = -__builtin_inff();
     std::memset(totals, 0, sizeof(float) * static_cast<size_t>(rows * width));
-    std::memset(outputs, 0, sizeof(float) * static_cast<size_t>(rows * size.sums));
     const int64_t end = visible_keys(a.causal, first + rows - 1, queries, keys);
+    if (end == 0) std::memset(outputs, 0, sizeof(float) * static_cast<size_t>(rows * size.sums));
+    T* out_rows = static_cast<T*>(a.out) + (row * a.heads + head) * size.head_dim;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < size.head_dim; c += static_cast<int64_t>(64 / sizeof(T)))
+        __builtin_prefetch(out_rows + r * a.heads * size.head_dim + c, 1, 2);
     for (int64_t key = 0; key < end; key += block) {
       const int64_t count = smaller(block, end - key);
       pack_transposed<Units>(k_transposed, size.transposed_panel, k + key * a.k_token, a.k_token,
@@ -218,7 +222,7 @@ class Forward {
         softmax(r, together, visible, key, count, row, head);
         multiply<Units>(reinterpret_cast<const Unit*>(scores), block, 1, together, v_panels,
                         size.panel, units<Units>(count), size.head_dim, outputs + r * size.sums,
-                        size.sums, true);
+                        size.sums, key > 0);
       }
     }
     finish(row, rows, head);
@@ -229,20 +233,23 @@ class Forward {
   // probabilities in place, as a left operand, and brings maxima, totals and outputs up to date.
   void softmax(int64_t r, int64_t together, const int64_t* visible, int64_t key, int64_t count,
                int64_t row, int64_t head) {
-    const Floats minus_infinity = broadcast(-__builtin_inff());
+    // Rounding keeps the order, so the largest score is the largest product with its scale; of a
+    // negative scale, the smallest one is.
+    const Words flip = Words{} + (a.scale < 0.0f ? 0x80000000u : 0u);
+    const float magnitude = a.scale < 0.0f ? -a.scale : a.scale;
     float rescale[queries_together + width];
     for (int64_t j = 0; j < together; ++j) {
-      float* s = scores + j * block;
-      Floats top = minus_infinity;
+      const float* s = scores + j * block;
+      Floats top = broadcast(-__builtin_inff());
       for (int64_t c = 0; c < visible[j]; c += width) {
-        Floats t = load(s + c) * a.scale;
-        if (visible[j] - c < width) t = first_lanes(t, visible[j] - c, minus_infinity);
-        store(s + c, t);
+        Floats t = bit_cast<Floats>(bit_cast<Words>(load(s + c)) ^ flip);
+        if (visible[j] - c < width)
+          t = first_lanes(t, visible[j] - c, broadcast(-__builtin_inff()));
         top = top > t ? top : t;
       }
       const float before = maxima[r + j];
       // A query that has seen no key yet keeps minus infinity, and must not subtract it.
-      const float now = visible[j] > 0 ? largest(top) : before;
+      const float now = visible[j] > 0 ? largest(top) * magnitude : before;
       maxima[r + j] = before > now ? before : now;
       rescale[j] = visible[j] > 0 ? before - maxima[r + j] : 0.0f;
     }
@@ -259,7 +266,9 @@ class Forward {
       for (int64_t c = 0; c < count; c += width) {
         Floats p = {};
         if (c < visible[j]) {
-          p = power_of_two((load(s + c) - maxima[r + j]) * log2_e);
+          const Floats score = rounded(load(s + c) * a.scale);
+          p = power_of_two((score - maxima[r + j]) * log2_e);
+          if (visible[j] - c < width) p = first_lanes(p, visible[j] - c, Floats{});
           total += p;
           if (a.seed) p = keep(p, lanes + c, a.threshold);
         }

@@ -82,13 +82,19 @@ def attention(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
     assert first == second == 0, (first, second)
 
 
+def any_ids(draw: Callable[[Any], Any], b: Buffers, count: int) -> tuple[int, bool]:
+    """``count`` integers of any value, and whether they are int64."""
+    wide = draw(st.booleans())
+    values = draw(st.lists(int64s if wide else int32s, min_size=count, max_size=count))
+    return b.keep(np.array(values, np.int64 if wide else np.int32)), wide
+
+
 def cross_entropy(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
     tokens, columns, vocabulary = draw(sizes), draw(sizes1), draw(sizes1)
     code, threads = draw(st.integers(0, 1)), draw(st.integers(1, 3))
     weight_code, bias_code = (min(code, draw(st.integers(0, 1))) for _ in range(2))
-    wide, some_bias = draw(st.booleans()), draw(st.booleans())
-    values = st.lists(int64s if wide else int32s, min_size=tokens, max_size=tokens)
-    labels = b.keep(np.array(draw(values), np.int64 if wide else np.int32))
+    some_bias = draw(st.booleans())
+    labels, wide = any_ids(draw, b, tokens)
     hidden, dhidden = (b.numbers(code, tokens, columns) for _ in range(2))
     weight, dweight = (b.numbers(weight_code, vocabulary, columns) for _ in range(2))
     bias, dbias = (b.numbers(bias_code, vocabulary) if some_bias else 0 for _ in range(2))
@@ -104,7 +110,65 @@ def cross_entropy(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
     assert first == second == 0, (first, second)
 
 
-WORDS = [attention, cross_entropy]
+def embedding(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
+    tokens, columns, blocks = draw(sizes), draw(sizes1), draw(st.integers(1, 3))
+    rows = draw(sizes1), draw(sizes1), draw(sizes)  # words, positions, token types
+    code, threshold, threads = draw(st.integers(0, 1)), draw(thresholds), draw(st.integers(1, 3))
+    parameter_code = min(code, draw(st.integers(0, 1)))
+    out_code = max(code, draw(st.integers(0, 1)))
+    ids, wide = zip(*(any_ids(draw, b, tokens) for _ in rows), strict=True)
+    tables, grads = ([b.numbers(code, n, columns) for n in rows] for _ in range(2))
+    weight, bias, dweight, dbias = (b.numbers(parameter_code, columns) for _ in range(4))
+    out, dout = (b.numbers(out_code, tokens, columns) for _ in range(2))
+    statistics, ds = b.numbers(0, 2, tokens), b.numbers(0, tokens, columns)
+    chunk = draw(st.sampled_from([1, 3, 64]))
+    partial = b.numbers(0, blocks, 2, columns)
+    parts = b.numbers(0, 3, -(-tokens // chunk), 2, columns)
+    readers = b.keep(np.zeros((4, tokens, 2), np.int64))
+    seed, size = b.seed(threshold), (*rows, tokens, columns)
+    codes = (threshold, 3, code, parameter_code, out_code, threads)
+    first = lib.embedding_forward(
+        *ids, *tables, weight, bias, out, statistics, seed, *size, *wide, 1e-12, *codes
+    )
+    scratch = (ds, partial, parts, readers)
+    padding = draw(st.integers(-1, rows[0] - 1))
+    second = lib.embedding_backward(
+        dout, *ids, *tables, weight, statistics, *grads, dweight, dbias, *scratch, seed,
+        *size, blocks, chunk, padding, *wide, *codes,
+    )  # fmt: skip
+    assert first == second == 0, (first, second)
+
+
+def rows(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
+    """layernorm, gelu and dropout, whose arguments cannot be wrong but for their sizes."""
+    count, columns, blocks = draw(sizes), draw(sizes1), draw(st.integers(1, 3))
+    code, threshold, threads = draw(st.integers(0, 1)), draw(thresholds), draw(st.integers(1, 3))
+    parameter_code = min(code, draw(st.integers(0, 1)))
+    x, residual, out, total, dx, dresidual = (b.numbers(code, count, columns) for _ in range(6))
+    weight, bias, dweight, dbias = (b.numbers(parameter_code, columns) for _ in range(4))
+    statistics, partial = b.numbers(0, 2, count), b.numbers(0, blocks, 2, columns)
+    seed, tanh = b.seed(threshold), draw(st.booleans())
+    codes = (code, parameter_code, threads)
+    statuses = [
+        lib.layernorm_forward(
+            x, residual, weight, bias, out, total, statistics, seed, count, columns, 1e-12,
+            threshold, 3, *codes,
+        ),
+        lib.layernorm_backward(
+            out, total, weight, statistics, dx, dresidual, dweight, dbias, partial, seed, count,
+            columns, blocks, threshold, 3, *codes,
+        ),
+        lib.gelu_forward(x, bias, out, count, columns, tanh, *codes),
+        lib.gelu_backward(
+            out, x, bias, dx, dbias, partial, count, columns, blocks, tanh, *codes
+        ),
+        lib.dropout(x, out, b.seed(1), count, columns, threshold, 3, code, threads),
+    ]  # fmt: skip
+    assert statuses == [0] * 5, statuses
+
+
+# Each with how many entry points it calls.
+WORDS = {attention: 2, cross_entropy: 2, embedding: 2, rows: 5}
 
 
 def main() -> None:
@@ -112,7 +176,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("_cpu", path)
     lib = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lib)
-    calls_per_example = 2 * len(WORDS)
+    calls_per_example = sum(WORDS.values())
 
     @settings(
         max_examples=-(-count // calls_per_example),
@@ -125,10 +189,9 @@ def main() -> None:
     def every_word(data: st.DataObject) -> None:
         global calls
         lib.set_isa(data.draw(st.sampled_from(lib.isas())))
-        for word in WORDS:
-            buffers = Buffers(data.draw)
-            word(lib, data.draw, buffers)
-            calls += 2
+        for word, entry_points in WORDS.items():
+            word(lib, data.draw, Buffers(data.draw))
+            calls += entry_points
 
     every_word()
     print(f"{calls} calls")
