@@ -99,7 +99,7 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    """softmax(Q Kᵀ / √d) V for all heads; query, key and value are projected by one product."""
+    """softmax(Q Kᵀ / √d) V for all heads."""
 
     def __init__(self, config: BertConfig, layer: int) -> None:
         super().__init__()
@@ -113,32 +113,36 @@ class BertSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Batch, seed: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        for name, module in (("query", self.query), ("key", self.key), ("value", self.value)):
-            check_linear(f"attention.self.{name}", module)
-        weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
-        bias = torch.cat((self.query.bias, self.key.bias, self.value.bias))
-        qkv = F.linear(x, weight, bias).view(x.shape[0], 3, self.heads, self.head_size)
-        out = ops.attention_qkvpacked(
-            qkv,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
+        # Three products: joining the weights for one costs more than it saves, and in training
+        # would keep a copy of them.
+        shape = (x.shape[0], self.heads, self.head_size)
+        q, k, v = (project(x).view(shape) for project in (self.query, self.key, self.value))
+        out = ops.attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=seed,
             site=self.site,
         )
-        probabilities = attention_probabilities(qkv, batch) if output_attentions else None
+        probabilities = attention_probabilities(q, k, batch) if output_attentions else None
         return out.reshape(x.shape), probabilities
 
 
-def attention_probabilities(qkv: Tensor, batch: Batch) -> Tensor:
+def attention_probabilities(q: Tensor, k: Tensor, batch: Batch) -> Tensor:
     """The attention probabilities before dropout, by plain torch: slow, S × S, for looking at.
+
+    Args:
+        q, k: ``(T, heads, d)``.
 
     Returns:
         ``(B, heads, S, S)`` in at least float32; zeros where the query or the key is padding.
         ``S`` is ``max_seqlen`` (or ``T``, if that is less) for packed input.
     """
-    qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
-    q, k = batch.to_grid(qkv[:, 0]).transpose(1, 2), batch.to_grid(qkv[:, 1]).transpose(1, 2)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = (batch.to_grid(x.to(dtype)).transpose(1, 2) for x in (q, k))
     attended = batch.attended()[:, None, None, :]
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     # The lowest finite number and not -inf: a row without any key must not become NaN.

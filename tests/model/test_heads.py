@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import bertfast
 
+from .conftest import DTYPE, assert_close
+
 HEADS = {
     "BertForPreTraining": ("labels", "next_sentence_label"),
     "BertForMaskedLM": ("labels",),
@@ -92,14 +94,14 @@ def test_the_masked_head_sees_labelled_tokens_only(tiny_config, make_inputs):
 
 def test_pre_training_losses_add_up(tiny_config, make_inputs):
     config = tiny_config()
-    model = bertfast.BertForPreTraining(config).double().eval()
+    model = bertfast.BertForPreTraining(config).to(DTYPE).eval()
     kwargs = make_inputs(config).kwargs
     words = {"labels": kwargs["input_ids"]}
     order = {"next_sentence_label": torch.tensor([0, 1, 1])}
     both = model(**kwargs, **words, **order).loss
     parts = model(**kwargs, **words).loss + model(**kwargs, **order).loss
-    torch.testing.assert_close(both, parts, rtol=1e-14, atol=0)
-    torch.testing.assert_close(
+    assert_close(both, parts, rtol=1e-14, atol=0)
+    assert_close(
         model(**kwargs, **order).loss,
         F.cross_entropy(model(**kwargs).seq_relationship_logits, order["next_sentence_label"]),
         rtol=1e-12,
@@ -138,13 +140,13 @@ def test_a_negative_position_is_the_first_column(tiny_config, make_inputs):
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
 def test_heads_give_the_encoders_layers_in_the_callers_layout(kind, tiny_config, make_inputs):
     config = tiny_config()
-    model = bertfast.BertForTokenClassification(config).double().eval()
+    model = bertfast.BertForTokenClassification(config).to(DTYPE).eval()
     kwargs = make_inputs(config, kind).kwargs
     ask = {"output_attentions": True, "output_hidden_states": True}
     out, expected = model(**kwargs, **ask), model.bert(**kwargs, **ask)
     for got, wanted in zip(out.attentions, expected.attentions, strict=True):
         assert got.shape == (3, 3, 9, 9)
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-15)
+        assert_close(got, wanted, rtol=1e-12, atol=1e-15)
     for got, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
         assert got.equal(wanted)
 

@@ -11,6 +11,8 @@ import torch
 
 import bertfast
 
+from .conftest import DTYPE, assert_close
+
 SENTENCES = [
     "The weather is lovely today.",
     "It's so sunny outside!",
@@ -59,13 +61,10 @@ def test_every_number_is_that_of_transformers(minilm, encoded):
     transformers = pytest.importorskip("transformers")
     transformers.logging.disable_progress_bar()
     ids, mask = encoded
-    ours = bertfast.BertModel.from_pretrained(minilm, dtype=torch.float64)
-    theirs = transformers.BertModel.from_pretrained(minilm, dtype=torch.float64)
+    ours = bertfast.BertModel.from_pretrained(minilm, dtype=DTYPE)
+    theirs = transformers.BertModel.from_pretrained(minilm, dtype=DTYPE)
     with torch.no_grad():
         got, expected = ours(ids, mask), theirs(ids, mask)
     attended = mask.bool()
-    close = {"rtol": 1e-9, "atol": 1e-12}
-    torch.testing.assert_close(
-        got.last_hidden_state[attended], expected.last_hidden_state[attended], **close
-    )
-    torch.testing.assert_close(got.pooler_output, expected.pooler_output, **close)
+    assert_close(got.last_hidden_state[attended], expected.last_hidden_state[attended])
+    assert_close(got.pooler_output, expected.pooler_output)

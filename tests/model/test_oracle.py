@@ -13,12 +13,11 @@ import torch.nn.functional as F
 import bertfast
 from bertfast.errors import CheckpointError
 
+from .conftest import DTYPE, assert_close
+
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-# Two evaluation orders of the same float64 sums; anything wrong is many digits larger.
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 MODELS = (
     "BertModel",
@@ -51,8 +50,8 @@ def oracle_config(config: bertfast.BertConfig) -> Any:
 def pair(name: str, config: bertfast.BertConfig, seed: int = 0) -> tuple[Any, Any]:
     """Our model and transformers' with the same weights, in float64, in evaluation mode."""
     torch.manual_seed(seed)
-    ours = getattr(bertfast, name)(config).double().eval()
-    theirs = getattr(transformers, name)(oracle_config(config)).double().eval()
+    ours = getattr(bertfast, name)(config).to(DTYPE).eval()
+    theirs = getattr(transformers, name)(oracle_config(config)).to(DTYPE).eval()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # biases are zero otherwise
@@ -102,19 +101,19 @@ def compare(name: str, ours: Any, theirs: Any, attended: torch.Tensor) -> None:
         if field == "hidden_states":
             assert len(got) == len(expected)
             for a, b in zip(got, expected, strict=True):
-                torch.testing.assert_close(a[attended], b[attended], **CLOSE)
+                assert_close(a[attended], b[attended])
                 assert not a[~attended].any()
         elif field == "attentions":
             assert len(got) == len(expected)
             pairs = attended[:, None, :, None] & attended[:, None, None, :]
             for a, b in zip(got, expected, strict=True):
-                torch.testing.assert_close(a, b * pairs, **CLOSE)
+                assert_close(a, b * pairs)
         elif got.shape[:2] == attended.shape and name != "BertForMultipleChoice":
-            torch.testing.assert_close(got[attended], expected[attended], **CLOSE)
-            lowest = torch.finfo(torch.float64).min if name == "BertForQuestionAnswering" else 0.0
+            assert_close(got[attended], expected[attended])
+            lowest = torch.finfo(DTYPE).min if name == "BertForQuestionAnswering" else 0.0
             assert (got[~attended] == lowest).all()
         else:
-            torch.testing.assert_close(got, expected, **CLOSE)
+            assert_close(got, expected)
 
 
 def check_gradients(ours: Any, out: Any, theirs: Any, expected: Any) -> None:
@@ -129,7 +128,7 @@ def check_gradients(ours: Any, out: Any, theirs: Any, expected: Any) -> None:
         key = "cls.predictions.bias" if key == "cls.predictions.decoder.bias" else key
         assert (gradients[key] is None) == (parameter.grad is None), key
         if parameter.grad is not None:
-            torch.testing.assert_close(gradients[key], parameter.grad, **CLOSE)
+            assert_close(gradients[key], parameter.grad)
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left", "holes"])
@@ -227,10 +226,10 @@ def test_heads_losses_and_gradients(name, kind, config_name, tiny_config, make_i
 def test_problem_types(problem, outputs, labels, tiny_config, make_inputs):
     config = tiny_config(num_labels=outputs, problem_type=problem)
     ours, theirs = pair("BertForSequenceClassification", config)
-    labels = labels.double() if labels.is_floating_point() else labels
+    labels = labels.to(DTYPE) if labels.is_floating_point() else labels
     inputs = make_inputs(config)
     got, expected = ours(**inputs.kwargs, labels=labels), theirs(**inputs.kwargs, labels=labels)
-    torch.testing.assert_close(got.loss, expected.loss, **CLOSE)
+    assert_close(got.loss, expected.loss)
     assert config.problem_type == problem  # a forward does not write into the config
 
 
@@ -242,14 +241,14 @@ def test_inputs_embeds_and_position_ids(tiny_config, make_inputs):
     kwargs["inputs_embeds"] = ours.get_input_embeddings()(kwargs.pop("input_ids")).detach()
     kwargs["position_ids"] = torch.arange(9).flip(0).unsqueeze(0)
     leaves = [kwargs["inputs_embeds"].clone().requires_grad_() for _ in range(2)]
-    dout = torch.randn(3, 9, config.hidden_size, dtype=torch.float64)
+    dout = torch.randn(3, 9, config.hidden_size, dtype=DTYPE)
     dout[~inputs.attended] = 0
     for model, leaf in zip((ours, theirs), leaves, strict=True):
         out = model(**{**kwargs, "inputs_embeds": leaf}).last_hidden_state
         (out * dout).sum().backward()
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, **CLOSE)
+    assert_close(leaves[0].grad, leaves[1].grad)
     embeddings = [m.embeddings.position_embeddings.weight.grad for m in (ours, theirs)]
-    torch.testing.assert_close(*embeddings, **CLOSE)
+    assert_close(*embeddings)
     with torch.no_grad():
         out, expected = ours(**kwargs), theirs(**kwargs)
     compare("BertModel", out, expected, inputs.attended)
@@ -263,7 +262,7 @@ def test_return_tuple(tiny_config, make_inputs):
     out, expected = ours(**kwargs), theirs(**kwargs)
     assert isinstance(out, tuple)
     assert len(out) == len(expected) == 3
-    torch.testing.assert_close(out[:2], expected[:2], **CLOSE)
+    assert_close(out[:2], expected[:2])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,6 +8,8 @@ import torch
 import bertfast
 from bertfast.model.packing import make_batch
 
+from .conftest import DTYPE, assert_close
+
 
 def batch_of(ids, mask=None, **kwargs):
     arguments = {"token_type_ids": None, "position_ids": None, "inputs_embeds": None}
@@ -88,7 +90,7 @@ def test_packed_is_padded(name, training, tiny_config, make_inputs):
     """With the same seed even the dropout masks agree, as rows are counted on packed tokens."""
     config = tiny_config()
     torch.manual_seed(0)
-    model = getattr(bertfast, name)(config).double().train(training)
+    model = getattr(bertfast, name)(config).to(DTYPE).train(training)
     inputs = make_inputs(config, "right", rows=4)
     mask = inputs.attended
     labels = torch.randint(2, (4, 9)).masked_fill(~mask, -100)
@@ -134,7 +136,7 @@ def test_packed_is_padded(name, training, tiny_config, make_inputs):
 
 def test_packed_attentions_are_places_in_the_sequence(tiny_config, make_inputs):
     config = tiny_config()
-    model = bertfast.BertModel(config).double().eval()
+    model = bertfast.BertModel(config).to(DTYPE).eval()
     inputs = make_inputs(config, "left")
     mask = inputs.attended
     padded = model(**inputs.kwargs, output_attentions=True).attentions
@@ -150,19 +152,17 @@ def test_packed_attentions_are_places_in_the_sequence(tiny_config, make_inputs):
     for a, b in zip(packed, padded, strict=True):
         for row, length in enumerate(mask.sum(1).tolist()):
             tokens = slice(9 - length, 9)
-            torch.testing.assert_close(
+            assert_close(
                 a[row, :, :length, :length], b[row, :, tokens, tokens], rtol=1e-12, atol=1e-15
             )
             assert not a[row, :, length:].any()
             assert not a[row, :, :, length:].any()
-            torch.testing.assert_close(
-                b[row].sum(-1), mask[row].double().expand(3, 9), rtol=1e-12, atol=0
-            )
+            assert_close(b[row].sum(-1), mask[row].to(DTYPE).expand(3, 9), rtol=1e-12, atol=0)
 
 
 def test_an_all_masked_row_is_zeros_and_touches_nothing(tiny_config, make_inputs):
     config = tiny_config()
-    model = bertfast.BertModel(config).double().eval()
+    model = bertfast.BertModel(config).to(DTYPE).eval()
     inputs = make_inputs(config, "right")
     mask = inputs.kwargs["attention_mask"].clone()
     for row in range(3):
@@ -190,23 +190,23 @@ def test_padding_ids_are_never_looked_at(tiny_config, make_inputs):
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification"])
 def test_storage_rows_reach_neither_tokens_nor_loss(name, tiny_config):
-    model = getattr(bertfast, name)(tiny_config()).double().eval()
+    model = getattr(bertfast, name)(tiny_config()).to(DTYPE).eval()
     ids, labels = torch.randint(37, (12,)), torch.randint(2, (12,))
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     packing = {"cu_seqlens": cu_seqlens, "max_seqlen": 5}
     exact = model(ids[:9], labels=labels[:9], **packing)
     stored = model(ids, labels=labels, **packing)
-    torch.testing.assert_close(stored.loss, exact.loss, rtol=1e-12, atol=0)
+    assert_close(stored.loss, exact.loss, rtol=1e-12, atol=0)
     ids[9:], labels[9:] = 3, 0
     assert model(ids, labels=labels, **packing).loss.equal(stored.loss)
 
 
 def test_pooler_skips_empty_sequences(tiny_config):
-    model = bertfast.BertModel(tiny_config()).double().eval()
+    model = bertfast.BertModel(tiny_config()).to(DTYPE).eval()
     ids = torch.randint(37, (9,))
     cu_seqlens = torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32)
     out = model(ids, cu_seqlens=cu_seqlens, max_seqlen=5)
     first = out.last_hidden_state[[0, 4]]
-    expected = torch.zeros(5, 24, dtype=torch.float64)
+    expected = torch.zeros(5, 24, dtype=DTYPE)
     expected[[1, 3]] = torch.tanh(model.pooler.dense(first))
-    torch.testing.assert_close(out.pooler_output, expected, rtol=1e-12, atol=0)
+    assert_close(out.pooler_output, expected, rtol=1e-12, atol=0)
