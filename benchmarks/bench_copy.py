@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from .kernels import DTYPES, precision
+
 
 @pytest.mark.parametrize("megabytes", [3, 12, 256])
 def bench_copy(benchmark, megabytes):
@@ -14,10 +16,11 @@ def bench_copy(benchmark, megabytes):
     benchmark.pedantic(target.copy_, (source,), rounds=30 if megabytes > 100 else 300, iterations=1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def bench_gemm(benchmark, dtype):
     """``F.linear`` at BERT-base's feed-forward size on 1024 tokens."""
-    x, weight = torch.randn(1024, 768).to(dtype), torch.randn(3072, 768).to(dtype)
+    to, _ = precision(dtype)
+    x, weight = torch.randn(1024, 768).to(to), torch.randn(3072, 768).to(to)
     benchmark.group = "gemm"
-    benchmark.extra_info.update(flops=2 * 1024 * 768 * 3072, implementation="torch")
+    benchmark.extra_info.update(flops=2 * 1024 * 768 * 3072, dtype=dtype, implementation="torch")
     benchmark.pedantic(torch.nn.functional.linear, (x, weight), rounds=30, warmup_rounds=3)

@@ -3,26 +3,45 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bertfast import ops, testing
 from bertfast.kernels.cpu import gelu as launcher
+from bertfast.testing import Tensors
 
-from .rows import DIRECTIONS, DTYPES, IMPLEMENTATIONS, SHAPES, time_rows
+from .kernels import (
+    DIRECTIONS,
+    DTYPES,
+    IMPLEMENTATIONS,
+    Subject,
+    bytes_of,
+    row_subject,
+    time_kernel,
+)
+
+MOVED = {"forward": 2, "backward": 3}
+
+
+def subject(shape: str, approximate: str) -> Subject:
+    rows, columns = map(int, shape.split("x"))
+    name = f"{shape} {approximate}"
+    case = testing.gelu_case(rows, columns, name=name, approximate=approximate)
+
+    def eager(t: Tensors) -> Tensor:
+        return F.gelu(t["x"] + t["bias"], approximate=approximate)
+
+    return row_subject(case, eager)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["1024x768", "1024x3072"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def bench_gelu(benchmark, approximate, direction, shape, dtype, implementation):
-    case = testing.gelu_case(*shape, name=approximate, approximate=approximate)
-
-    def eager(t):
-        return F.gelu(t["x"] + t["bias"], approximate=approximate)
-
-    moved = {"forward": 2, "backward": 3}
-    time_rows(benchmark, case, eager, implementation, direction, dtype, moved)
+def bench_gelu(turns, approximate, direction, shape, dtype, implementation):
+    moved = MOVED[direction] * bytes_of(shape, dtype)
+    this = subject(shape, approximate)
+    time_kernel(turns, this, implementation, direction, dtype, bytes=moved)
 
 
 @pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])

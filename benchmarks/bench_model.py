@@ -4,13 +4,18 @@ Both hold the same weights and are given the same padded batch; bertfast drops t
 outputs are compared before anything is timed.
 """
 
+from functools import partial
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import bertfast
 from bertfast import testing
 
-from .conftest import mixed_lengths
+from .conftest import MIXED, MIXED_LENGTHS
+from .kernels import DTYPES
+from .turns import Calls, wall_time
 
 transformers = pytest.importorskip("transformers")
 
@@ -18,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 BATCHES = {
     "1x128": [128],
     "8x128": [128] * 8,
-    "32 of mean 34, longest 128": mixed_lengths(32, 34, 128),
+    MIXED: MIXED_LENGTHS,
 }
 
 
@@ -58,22 +63,63 @@ def check(models, batch, autocast):
     testing.assert_no_worse(ours, exact, baseline, kind="model", name="bert-base")
 
 
+def calls_of(models, name, dtype) -> Calls:
+    """A forward of each model, after the gate. Autocast is entered in every call, so that all pay
+    for casting their weights."""
+    batch, autocast = padded_batch(BATCHES[name]), dtype == "bfloat16"
+    check(models, batch, autocast)
+
+    def call(model):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(**batch)
+
+    return {name: partial(call, model) for name, model in models.items()}
+
+
 @pytest.mark.parametrize("implementation", ["bertfast", "transformers"])
 @pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def bench_inference(benchmark, models, dtype, name, implementation):
-    batch = padded_batch(BATCHES[name])
-    autocast = dtype == "bfloat16"
-    if implementation == "bertfast":
-        check(models, batch, autocast)
-    model = models[implementation]
-    benchmark.group = f"inference {name} {dtype}"
-    benchmark.extra_info.update(
-        implementation=implementation,
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_inference(turns, models, dtype, name, implementation):
+    lengths = BATCHES[name]
+    turns.info.update(
         case=name,
         dtype=dtype,
-        tokens=sum(BATCHES[name]),
-        padded_tokens=len(BATCHES[name]) * max(BATCHES[name]),
+        tokens=sum(lengths),
+        padded_tokens=len(lengths) * max(lengths),
     )
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        benchmark.pedantic(model, kwargs=batch, rounds=5, warmup_rounds=1)
+    prepare = partial(calls_of, models, name, dtype)
+    turns.time(f"inference {name} {dtype}", implementation, prepare, rounds=(5, 20))
+
+
+# The matrix products of F.linear, with and without bias; packed weights have ops of their own.
+PRODUCTS = {"aten::addmm", "aten::mm", "aten::mkldnn_linear", "mkldnn::_linear_pointwise"}
+
+
+def time_outside_products(call) -> float:
+    """Seconds of a call that are not spent in the products' own code.
+
+    Broadcasting a bias before a product and casting weights for it are outside. So are the two
+    products of attention, which the implementations fuse with other things.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        seconds = wall_time(call)
+    inside = sum(
+        event.self_cpu_time_total for event in profiler.key_averages() if event.key in PRODUCTS
+    )
+    assert inside > 0, "no matrix product seen: one of another name?"
+    return seconds - inside * 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["bertfast", "transformers"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_outside_products(turns, models, dtype, implementation):
+    """The share of a forward at full length that kernels can make faster."""
+    name = "8x128"
+    turns.info.update(case=name, dtype=dtype)
+    turns.time(
+        f"outside gemm {name} {dtype}",
+        implementation,
+        partial(calls_of, models, name, dtype),
+        rounds=(7, 15),
+        measure=time_outside_products,
+    )

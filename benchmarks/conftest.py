@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's copy bandwidth, gates before speed, fixed lengths."""
+"""What every benchmark shares: the machine's description, turns, sequences of different lengths."""
 
 import pytest
 import torch
@@ -6,10 +6,33 @@ import torch
 from bertfast import environment
 from bertfast.allocator import keep_freed_memory
 
+from .turns import Turns, clock
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bench-seconds",
+        type=float,
+        default=1.0,
+        help="seconds of timing for each case, all its implementations together (at least the "
+        "case's least number of rounds); 0 to see only that everything runs",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # For every implementation alike: else page faults are timed, and not the code.
     keep_freed_memory()
+
+
+@pytest.fixture
+def _replayed(request: pytest.FixtureRequest) -> None:
+    request.node.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+@pytest.fixture
+def turns(_replayed, benchmark, pytestconfig) -> Turns:
+    """``benchmark`` for implementations that take turns."""
+    return Turns(benchmark, pytestconfig.getoption("--bench-seconds"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -32,3 +55,6 @@ def mixed_lengths(count: int, mean: int, longest: int) -> list[int]:
         room = (lengths + step >= 4) & (lengths + step < longest)
         lengths[int(torch.multinomial(room.float(), 1, generator=generator))] += step
     return lengths.tolist()
+
+
+MIXED, MIXED_LENGTHS = "32 of mean 34, longest 128", mixed_lengths(32, 34, 128)

@@ -10,6 +10,7 @@ JSON.
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,41 +61,103 @@ def copy_bandwidth(rows: list[Row], megabytes: int) -> float:
     return row["bytes"] / row["seconds"]
 
 
+def product_rate(rows: list[Row], dtype: str) -> float:
+    """FLOP/s of ``F.linear``; products of a mixed precision run in the activations' dtype."""
+    dtype = dtype.partition("-")[0]
+    (row,) = (r for r in rows if r["group"] == "gemm" and r["dtype"] == dtype)
+    return row["flops"] / row["seconds"]
+
+
+def working_memory(row: Row) -> int | None:
+    """Peak memory beyond the inputs and what is returned; None where it was not measured."""
+    if "peak_bytes" not in row:
+        return None
+    return max(row["peak_bytes"] - row["returned_bytes"], 0)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+
+
+def milliseconds(row: Row | None) -> str:
+    return "" if row is None else f"{row['seconds'] * 1e3:.0f} ms"
+
+
 def times(ours: Row, theirs: Row | None) -> str:
     return "" if theirs is None else f"{theirs['seconds'] / ours['seconds']:.1f}×"
 
 
+def rate(row: Row, rows: list[Row]) -> list[str]:
+    """GFLOP/s or GB/s, and the share of what this machine reaches."""
+    if "flops" in row:
+        reached, ceiling = row["flops"] / row["seconds"], product_rate(rows, row["dtype"])
+        return [f"{reached / 1e9:.0f} GFLOP/s", f"{reached / ceiling:.0%} of linear"]
+    reached, ceiling = row["bytes"] / row["seconds"], copy_bandwidth(rows, 256)
+    return [f"{reached / 1e9:.1f} GB/s", f"{reached / ceiling:.0%} of copy"]
+
+
+def memory(ours: Row, theirs: Row) -> str:
+    sizes = [working_memory(row) for row in (ours, theirs)]
+    if None in sizes:
+        return ""
+    return " / ".join(f"{size / 1e6:.3g}" for size in sizes if size is not None) + " MB"
+
+
+# The kernels' rows in the README, in this order; the JSON has them all.
+SHOWN = [
+    r"cross_entropy forward\+backward .*",
+    r"embedding .* p0\.1 .*",
+    r"layernorm .* 1024x768 p0\.1 .*",
+    r"gelu .* 1024x3072 none .*",
+    r"dropout .*",
+]
+
+
 def kernel_table(rows: list[Row]) -> str:
-    ceiling = copy_bandwidth(rows, 256)
     lines = []
-    for word in ("gelu", "layernorm"):
-        for group in by_group(rows, f"{word} ").values():
-            if "bertfast" not in group:
+    for pattern in SHOWN:
+        for name, group in by_group(rows, "").items():
+            if not re.fullmatch(pattern, name):
                 continue
-            ours = group["bertfast"]
-            bandwidth = ours["bytes"] / ours["seconds"]
-            shape = "×".join(map(str, ours["shape"]))
+            ours, eager = group["bertfast"], group["eager"]
             lines.append(
                 [
-                    f"{word} ({ours['case']}) {ours['direction']} {shape} {ours['dtype']}",
-                    f"{ours['seconds'] * 1e6:.0f} µs",
-                    times(ours, group.get("eager")),
-                    times(ours, group.get("compile")),
-                    f"{bandwidth / 1e9:.1f}",
-                    f"{bandwidth / ceiling:.0%}",
+                    name,
+                    duration(ours["seconds"]),
+                    times(ours, eager),
+                    times(ours, group["compile"]),
+                    *rate(ours, rows),
+                    memory(ours, eager),
                 ]
             )
-    return table(
-        ["kernel", "bertfast", "vs eager", "vs torch.compile", "GB/s", "of copy bandwidth"], lines
-    )
+    header = ["kernel", "bertfast", "vs eager", "vs torch.compile", "rate", "of the ceiling"]
+    return table([*header, "working memory, and eager's"], lines)
 
 
-def overhead_table(rows: list[Row]) -> str:
+def attention_table(rows: list[Row]) -> str:
+    """Forward and backward together, and in one column how forward compares alone."""
     lines = []
-    for word in ("gelu", "layernorm"):
-        calls = by_group(rows, f"{word} overhead")[f"{word} overhead"]
-        lines.append([word, *(f"{calls[name]['seconds'] * 1e6:.1f} µs" for name in CALLS)])
-    return table(["a call on 8 numbers", *CALLS.values()], lines)
+    forward = by_group(rows, "attention forward ")
+    for name, group in by_group(rows, "attention forward+backward ").items():
+        ours, sdpa = group["bertfast"], group["sdpa"]
+        alone = forward[name.replace("forward+backward", "forward")]
+        lines.append(
+            [
+                f"{ours['case']} {ours['dtype']}",
+                duration(ours["seconds"]),
+                times(ours, sdpa),
+                times(ours, group["eager"]),
+                times(ours, group["compile"]),
+                *rate(ours, rows),
+                memory(ours, sdpa),
+                times(alone["bertfast"], alone["sdpa"]),
+            ]
+        )
+    header = ["attention", "bertfast", "vs SDPA", "vs eager", "vs torch.compile", "rate"]
+    rest = ["of the ceiling", "working memory, and SDPA's", "forward alone vs SDPA"]
+    return table([*header, *rest], lines)
 
 
 CALLS = {
@@ -105,46 +168,66 @@ CALLS = {
 }
 
 
-def model_table(rows: list[Row], prefix: str) -> str:
+def overhead_table(rows: list[Row]) -> str:
+    lines = []
+    for word in ("gelu", "layernorm"):
+        calls = by_group(rows, f"{word} overhead")[f"{word} overhead"]
+        lines.append([word, *(f"{calls[name]['seconds'] * 1e6:.1f} µs" for name in CALLS)])
+    return table(["a call on 8 numbers", *CALLS.values()], lines)
+
+
+def model_table(rows: list[Row], prefix: str, peers: dict[str, str]) -> str:
+    """``peers``: implementation and what its column is called."""
     lines = []
     for group in by_group(rows, prefix).values():
-        ours, theirs = group["bertfast"], group["transformers"]
-        lines.append(
-            [
-                f"{ours['case']}, {ours['dtype']}",
-                f"{ours['tokens']} of {ours['padded_tokens']}",
-                f"{ours['seconds'] * 1e3:.0f} ms",
-                f"{theirs['seconds'] * 1e3:.0f} ms",
-                times(ours, theirs),
-            ]
-        )
-    return table(["batch", "tokens of padded", "bertfast", "transformers (sdpa)", "faster"], lines)
+        ours = group["bertfast"]
+        line = [f"{ours['case']}, {ours['dtype']}", milliseconds(ours)]
+        if "tokens" in ours:
+            line[0] += f" ({ours['tokens']} of {ours['padded_tokens']} tokens)"
+        for peer in peers:
+            line += [milliseconds(group.get(peer)), times(ours, group.get(peer))]
+        lines.append(line)
+    columns = [column for title in peers.values() for column in (title, "faster")]
+    return table(["batch", "bertfast", *columns], lines)
+
+
+TRANSFORMERS = {"transformers": "transformers (sdpa)"}
 
 
 def report(data: dict[str, Any], source: str) -> str:
     """The Markdown between the README's markers."""
     rows = rows_of(data)
     about = data["machine_info"]["bertfast"]
-    gemm = {r["group"] + str(i): r for i, r in enumerate(r for r in rows if r["group"] == "gemm")}
-    rates = [f"{row['flops'] / row['seconds'] / 1e9:.0f}" for row in gemm.values()]
+    copies = {size: f"{copy_bandwidth(rows, size) / 1e9:.0f} GB/s" for size in (256, 12, 3)}
+    products = {name: f"{product_rate(rows, name) / 1e9:.0f}" for name in ("float32", "bfloat16")}
     return "\n\n".join(
         [
             f"Measured on {about['torch']['threads']} cores of an {about['cpu']['model']}, "
-            f"torch {about['versions']['torch']}, kernels `{about['kernels']['isa']}`; "
-            f"medians, from [`{source}`]({source}). There `copy_` moves "
-            f"{copy_bandwidth(rows, 256) / 1e9:.0f} GB/s between buffers of 256 MB, "
-            f"{copy_bandwidth(rows, 12) / 1e9:.0f} GB/s at 12 MB and "
-            f"{copy_bandwidth(rows, 3) / 1e9:.0f} GB/s at 3 MB, which stay in the cache; "
-            f"`F.linear` runs at {' (float32) and '.join(rates)} (bfloat16) GFLOP/s. "
+            f"torch {about['versions']['torch']}, kernels `{about['kernels']['isa']}`; medians, "
+            f"from [`{source}`]({source}), which has all of them; the tables show a choice. The "
+            "implementations of a row took turns. The ceilings: "
+            f"`copy_` moves {copies[256]} between buffers of 256 MB (and {copies[12]} at 12 MB, "
+            f"{copies[3]} at 3 MB, which stay in the cache); `F.linear` runs at "
+            f"{products['float32']} (float32) and {products['bfloat16']} (bfloat16) GFLOP/s. "
             "For all implementations alike, glibc is told to keep freed memory "
             "([allocator.py](bertfast/allocator.py); in a process of your own set "
             "`MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432`): without it page "
             "faults can cost more than the kernels do.",
             "**BERT-base inference**, the same weights and the same padded batch",
-            model_table(rows, "inference"),
+            model_table(rows, "inference", TRANSFORMERS),
+            "**Outside the matrix products**, where kernels can help: the same forward without the "
+            "time inside `F.linear`'s products",
+            model_table(rows, "outside gemm", TRANSFORMERS),
             "**BERT-base pre-training step**, forward and backward, dropout 0.1",
-            model_table(rows, "training step"),
-            "**Kernels**, bias + GELU and residual + dropout + LayerNorm",
+            model_table(
+                rows, "training step", {**TRANSFORMERS, "compile": "torch.compile of that"}
+            ),
+            "**Attention**, forward and backward, 12 heads of 64, dropout p; SDPA and eager get "
+            "padded batches. Working memory is the peak beyond inputs and results",
+            attention_table(rows),
+            "**Other kernels**: decoder + loss on the 15 % labelled tokens (eager: on all, as "
+            "transformers does), embedding + LayerNorm + dropout, residual + dropout + LayerNorm, "
+            "bias + GELU, dropout",
             kernel_table(rows),
             overhead_table(rows),
         ]
