@@ -751,7 +751,7 @@ def _attention_cases() -> list[Case]:
         # One head of one sequence: two threads share its backward.
         attention_case([200], 1, 24, name="split", dropout_p=0.1),
         attention_case([150], 1, 24, name="split-cross", key_lengths=[70], causal=True),
-        attention_case([20, 5], 2, 8, name="negative_scale", scale=-0.5),
+        attention_case([20, 5], 2, 8, name="negative_scale", scale=-30.0),
         attention_case([20, 5], 2, 8, name="sliced", layout="sliced", upstream="sliced"),
         attention_case([20, 5], 2, 8, name="transposed_inputs", layout="transposed"),
         attention_case([5, 8], 2, 8, name="cross", key_lengths=[9, 3], dropout_p=0.1),

@@ -216,9 +216,10 @@ MUTATIONS = {
     ),
     "keys behind the last one count": (
         SOURCE,
-        "t = first_lanes(t, visible[j] - c, minus_infinity);",
-        "t = first_lanes(t, width, minus_infinity);",
+        "if (visible[j] - c < width) p = first_lanes(p, visible[j] - c, Floats{});",
+        "",
     ),
+    "the largest score of a negative scale": (SOURCE, "a.scale < 0.0f ? 0x80000000u : 0u", "0u"),
     "no 1 / (1 - p) in forward": (
         SOURCE,
         "sees ? kept_scale / total : 0.0f",
