@@ -11,7 +11,16 @@ TESTS = Path(__file__).parent
 def test_every_model_test_runs_on_the_native_kernels():
     """``BERTFAST_BACKEND=cpu`` makes an op that has no kernel for its input an error."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "model")],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(TESTS / "model"),
+        ],
         env={**os.environ, "BERTFAST_BACKEND": "cpu"},
         cwd=TESTS.parent,
         stdout=subprocess.PIPE,
