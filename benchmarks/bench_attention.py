@@ -1,8 +1,9 @@
 """Attention of packed sequences against SDPA, the eager composition and torch.compile of that.
 
-BERT-base's 12 heads of 64. bertfast reads queries, keys and values as the model's projection leaves
-them, ``(T, 3, heads, d)``. The others get the layout that suits SDPA best, contiguous ``(B, heads,
-S, d)``, and sequences of different lengths padded, with a boolean mask of the keys.
+BERT-base's 12 heads of 64. bertfast reads queries, keys and values side by side in one tensor,
+``(T, 3, heads, d)``, as a joint projection leaves them. The others get the layout that suits SDPA
+best, contiguous ``(B, heads, S, d)``, and sequences of different lengths padded, with a boolean
+mask of the keys.
 """
 
 import pytest

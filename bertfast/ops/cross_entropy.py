@@ -100,7 +100,8 @@ def cross_entropy(
     """Cross-entropy of ``softmax(hidden weight^T + bias)`` against ``labels``.
 
     The masked-LM loss (Devlin et al., "BERT", 2019, section 3.1). The logits of all tokens over
-    the vocabulary never exist at once, and tokens labelled ``ignore_index`` cost nothing.
+    the vocabulary never exist at once, and tokens labelled ``ignore_index`` cost nothing. Backward
+    on the CPU holds a float32 ``(labelled tokens, C)`` for each of up to 16 threads, and one more.
 
     Args:
         hidden: ``(T, C)`` floating point.
@@ -121,8 +122,8 @@ def cross_entropy(
         BackendError: ``backend`` cannot run this.
     """
     check_floating("hidden", hidden)
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden: expected shape (T, C), got {tuple(hidden.shape)}")
+    if hidden.dim() != 2 or hidden.shape[1] < 1:
+        raise ValueError(f"hidden: expected shape (T, C) with C >= 1, got {tuple(hidden.shape)}")
     vocabulary = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
     check_parameter("weight", weight, (vocabulary, hidden.shape[1]), "hidden", hidden)
     if vocabulary < 1:

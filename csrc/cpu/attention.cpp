@@ -198,7 +198,7 @@ class Forward {
     pack_left<Units>(q_left, size.left, q, a.q_token, rows, size.head_dim);
     for (int64_t r = 0; r < rows; ++r) maxima[r] = -__builtin_inff();
     std::memset(totals, 0, sizeof(float) * static_cast<size_t>(rows * width));
-    const int64_t end = visible_keys(a.causal, first + rows - 1, queries, keys);
+    const int64_t end = seen_together(first + rows - 1, queries, keys);
     if (end == 0) std::memset(outputs, 0, sizeof(float) * static_cast<size_t>(rows * size.sums));
     T* out_rows = static_cast<T*>(a.out) + (row * a.heads + head) * size.head_dim;
     for (int64_t r = 0; r < rows; ++r)
@@ -212,23 +212,37 @@ class Forward {
                          size.head_dim);
       for (int64_t r = 0; r < rows; r += queries_together) {
         const int64_t together = smaller(queries_together, rows - r);
+        // Only what one of these queries sees is read, so that what they do not see cannot tell
+        // how long the chunk is, which depends on the number of threads.
+        const int64_t seen =
+            smaller(count, seen_together(first + r + together - 1, queries, keys) - key);
+        float* sums = outputs + r * size.sums;
+        if (seen <= 0) {
+          if (key == 0)
+            std::memset(sums, 0, sizeof(float) * static_cast<size_t>(together * size.sums));
+          continue;
+        }
         multiply<Units>(q_left + r * size.left, size.left, 1, together, k_transposed,
-                        size.transposed_panel, size.head_units, count, scores, block, false);
+                        size.transposed_panel, size.head_units, seen, scores, block, false);
         int64_t visible[queries_together];
         for (int64_t j = 0; j < together; ++j) {
-          const int64_t seen = visible_keys(a.causal, first + r + j, queries, keys) - key;
-          visible[j] = seen < 0 ? 0 : smaller(seen, count);
+          const int64_t last = visible_keys(a.causal, first + r + j, queries, keys) - key;
+          visible[j] = last < 0 ? 0 : smaller(last, seen);
         }
-        softmax(r, together, visible, key, count, row, head);
+        softmax(r, together, visible, key, seen, row, head);
         multiply<Units>(reinterpret_cast<const Unit*>(scores), block, 1, together, v_panels,
-                        size.panel, units<Units>(count), size.head_dim, outputs + r * size.sums,
-                        size.sums, key > 0);
+                        size.panel, units<Units>(seen), size.head_dim, sums, size.sums, key > 0);
       }
     }
     finish(row, rows, head);
   }
 
  private:
+  // The keys that queries up to the sequence's query i see, to a whole unit.
+  int64_t seen_together(int64_t i, int64_t queries, int64_t keys) const {
+    return smaller(round_up(visible_keys(a.causal, i, queries, keys), Units::per_unit), keys);
+  }
+
   // Turns the scores of rows [r, r + together) against one block into unnormalised, masked
   // probabilities in place, as a left operand, and brings maxima, totals and outputs up to date.
   void softmax(int64_t r, int64_t together, const int64_t* visible, int64_t key, int64_t count,
@@ -237,7 +251,9 @@ class Forward {
     // negative scale, the smallest one is.
     const Words flip = Words{} + (a.scale < 0.0f ? 0x80000000u : 0u);
     const float magnitude = a.scale < 0.0f ? -a.scale : a.scale;
-    float rescale[queries_together + width];
+    // What is subtracted from the scores: the largest so far. It is minus infinity where a query has
+    // seen no key yet, or none with a finite score, and must not be subtracted from itself.
+    float bases[queries_together], rescale[queries_together + width] = {};
     for (int64_t j = 0; j < together; ++j) {
       const float* s = scores + j * block;
       Floats top = broadcast(-__builtin_inff());
@@ -248,10 +264,10 @@ class Forward {
         top = top > t ? top : t;
       }
       const float before = maxima[r + j];
-      // A query that has seen no key yet keeps minus infinity, and must not subtract it.
       const float now = visible[j] > 0 ? largest(top) * magnitude : before;
       maxima[r + j] = before > now ? before : now;
-      rescale[j] = visible[j] > 0 ? before - maxima[r + j] : 0.0f;
+      bases[j] = maxima[r + j] == -__builtin_inff() ? 0.0f : maxima[r + j];
+      rescale[j] = before == maxima[r + j] ? 0.0f : before - bases[j];
     }
     for (int64_t j = 0; j < together; j += width)
       store(rescale + j, power_of_two(load(rescale + j) * log2_e));
@@ -267,7 +283,7 @@ class Forward {
         Floats p = {};
         if (c < visible[j]) {
           const Floats score = rounded(load(s + c) * a.scale);
-          p = power_of_two((score - maxima[r + j]) * log2_e);
+          p = power_of_two((score - bases[j]) * log2_e);
           if (visible[j] - c < width) p = first_lanes(p, visible[j] - c, Floats{});
           total += p;
           if (a.seed) p = keep(p, lanes + c, a.threshold);
@@ -492,8 +508,9 @@ class Backward {
     int64_t visible[2];
     uint16_t lanes[2][block];
     for (int64_t j = 0; j < 2; ++j) {
-      const int64_t seen =
-          r + j < rows ? visible_keys(a.causal, query + r + j, queries, keys) - key : 0;
+      // Minus infinity: the query sees no key, or none with a finite score.
+      const bool sees = r + j < rows && logsumexp[slot * block + r + j] != -__builtin_inff();
+      const int64_t seen = sees ? visible_keys(a.causal, query + r + j, queries, keys) - key : 0;
       visible[j] = seen < 0 ? 0 : smaller(seen, count);
       if (a.seed && visible[j] > 0)
         attention_lanes(lanes[j], key / block,

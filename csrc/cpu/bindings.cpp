@@ -91,7 +91,7 @@ bool known(int dtype, int parameter_dtype) {
 // Token and head strides of one tensor.
 using Strides = std::pair<int64_t, int64_t>;
 
-// Products of sizes that are far beyond any memory must not overflow on the way to an address.
+// A size that is far beyond any memory is a mistake of the caller's.
 bool sensible(int64_t size) { return size >= 0 && size <= (int64_t{1} << 40); }
 
 int attention_forward(Address q, Address k, Address v, Address out, Address logsumexp,

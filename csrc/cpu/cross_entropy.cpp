@@ -4,6 +4,8 @@
 // maximum and sum of each token (as attention does); backward makes the logits again, turns them
 // into dlogits = (softmax - onehot) * dloss / count, and adds up all three gradients at once, so
 // that each row of the decoder is read once in either direction.
+#include <sched.h>
+
 #include <cmath>
 
 #include "kernels.h"
@@ -17,8 +19,8 @@ namespace {
 
 // Rows of logits that are made and used together.
 constexpr int64_t tokens_together = 4 * tile_rows;
-// Shares of the vocabulary whose sums are kept apart and added up in order: the result must not
-// depend on the number of threads.
+// Shares of the vocabulary whose sums are made apart and added up in order: the result must not
+// depend on the number of threads. In backward each thread holds one share's dhidden, in float.
 constexpr int64_t most_shares = 16;
 
 inline int64_t shares_of(int64_t vocabulary) {
@@ -146,14 +148,15 @@ void see_share(const Logits<Units, T, W, CrossEntropyForward>& logits,
         }
         const float now = largest(top), before = of_token.largest;
         of_token.largest = before > now ? before : now;
-        const Floats offset = broadcast(of_token.largest);
+        // Where every logit so far is minus infinity, it must not be subtracted from itself.
+        const float base = of_token.largest == -__builtin_inff() ? 0.0f : of_token.largest;
+        const Floats offset = broadcast(base);
         Floats total = {};
         for (int64_t c = 0; c < count; c += width)
           total += power_of_two((load(row + c) - offset) * log2_e);
-        const float rescale =
-            before == of_token.largest
-                ? 1.0f
-                : power_of_two(broadcast((before - of_token.largest) * log2_e))[0];
+        const float rescale = before == of_token.largest
+                                  ? 1.0f
+                                  : power_of_two(broadcast((before - base) * log2_e))[0];
         of_token.total = of_token.total * rescale + sum(total);
         const int64_t label = label_of(a, logits.labelled[i + r]) - first;
         if (label >= 0 && label < count) of_token.target = row[label];
@@ -227,8 +230,7 @@ class Backward {
   using Unit = typename Units::Unit;
   using PanelLogits = Logits<Units, T, W, CrossEntropyBackward>;
 
-  Backward(const PanelLogits& logits, const Unit* left, const Unit* hidden_panels, float* dhidden,
-           float factor)
+  Backward(const PanelLogits& logits, const Unit* left, const Unit* hidden_panels, float factor)
       : a(logits.a),
         logits(logits),
         tokens(logits.labelled.count()),
@@ -236,7 +238,6 @@ class Backward {
         token_units(units<Units>(tokens)),
         left(left),
         hidden_panels(hidden_panels),
-        dhidden(dhidden),
         factor(factor) {}
 
   bool reset(Scratch& scratch) {
@@ -247,26 +248,32 @@ class Backward {
     if (!scratch.reset(Scratch::bytes_for<Unit>(logits.panel_size) +
                        Scratch::bytes_for<Unit>(classes) + Scratch::bytes_for<float>(rows_size) +
                        Scratch::bytes_for<Unit>(pairs) +
-                       Scratch::bytes_for<float>(panel_columns * sums)))
+                       Scratch::bytes_for<float>(panel_columns * sums) +
+                       Scratch::bytes_for<float>(tokens * sums)))
       return false;
     panel = scratch.take<Unit>(logits.panel_size);
     class_panels = scratch.take<Unit>(classes);
     rows = scratch.take<float>(rows_size);
     by_class = Units::per_unit > 1 ? scratch.take<Unit>(pairs) : reinterpret_cast<Unit*>(rows);
     dclasses = scratch.take<float>(panel_columns * sums);
+    dhidden = scratch.take<float>(tokens * sums);
     return true;
   }
 
-  void run(int64_t share) {
-    float* share_dhidden = dhidden + share * tokens * sums;
-    std::memset(share_dhidden, 0, sizeof(float) * static_cast<size_t>(tokens * sums));
+  // One share's dweight and dbias; its dhidden is added to `total` when its turn has come.
+  void run(int64_t share, float* total, int64_t* turn) {
+    const int64_t begin = share_begin(share, a.vocabulary);
     const int64_t end = share_begin(share + 1, a.vocabulary);
-    for (int64_t first = share_begin(share, a.vocabulary); first < end; first += panel_columns)
-      add_panel(first, smaller(panel_columns, end - first), share_dhidden);
+    for (int64_t first = begin; first < end; first += panel_columns)
+      add_panel(first, smaller(panel_columns, end - first), first > begin);
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != share) sched_yield();
+    for (int64_t i = 0; i < tokens * sums; i += width)
+      store(total + i, share == 0 ? load(dhidden + i) : load(total + i) + load(dhidden + i));
+    __atomic_store_n(turn, share + 1, __ATOMIC_RELEASE);
   }
 
  private:
-  void add_panel(int64_t first, int64_t count, float* share_dhidden) {
+  void add_panel(int64_t first, int64_t count, bool accumulate) {
     const W* weight = static_cast<const W*>(a.weight) + first * a.columns;
     const int64_t panel_stride = units<Units>(panel_columns) * panel_columns;
     logits.pack_classes(panel, biases, first, count);
@@ -287,7 +294,7 @@ class Backward {
         io.put(dweight + c * a.columns + column, load(dclasses + c * sums + column));
       });
     multiply<Units>(reinterpret_cast<const Unit*>(rows), panel_columns, 1, tokens, class_panels,
-                    panel_stride, units<Units>(count), a.columns, share_dhidden, sums, true);
+                    panel_stride, units<Units>(count), a.columns, dhidden, sums, accumulate);
   }
 
   // Rows i and i + 1 of logits to dlogits, as left operands by tokens and by classes.
@@ -315,10 +322,9 @@ class Backward {
   const PanelLogits& logits;
   const int64_t tokens, sums, token_units;
   const Unit *left, *hidden_panels;
-  float* dhidden;
   const float factor;
   Unit *panel, *class_panels, *by_class;
-  float *rows, *dclasses;
+  float *rows, *dclasses, *dhidden;
   float biases[panel_columns];
 };
 
@@ -350,12 +356,11 @@ bool backward(const CrossEntropyBackward& a) {
   const int64_t panels = round_up(a.columns, panel_columns) / panel_columns * panel_stride;
   Scratch shared;
   if (!shared.reset(Scratch::bytes_for<Unit>(logits.left_size()) +
-                    Scratch::bytes_for<Unit>(panels) +
-                    Scratch::bytes_for<float>(shares * tokens * sums)))
+                    Scratch::bytes_for<Unit>(panels) + Scratch::bytes_for<float>(tokens * sums)))
     return false;
   Unit* left = shared.take<Unit>(logits.left_size());
   Unit* hidden_panels = shared.take<Unit>(panels);
-  float* dhidden = shared.take<float>(shares * tokens * sums);
+  float* dhidden = shared.take<float>(tokens * sums);
   parallel(a.threads, tokens, tokens * a.columns,
            [&](int64_t begin, int64_t end) { logits.pack_hidden(left, begin, end); });
   // From the left operand, which has the labelled rows side by side.
@@ -363,23 +368,22 @@ bool backward(const CrossEntropyBackward& a) {
                      logits.left_stride * Units::per_unit, tokens, a.columns);
   const float factor = a.mean ? *a.dloss / static_cast<float>(tokens) : *a.dloss;
   int failures = 0;
+  // Shares are given out in order, so whoever waits for its turn waits for one that is being made.
+  int64_t turn = 0;
   parallel_tasks(a.threads, shares, [&](const auto& take) {
     Scratch& scratch = thread_scratch();
-    Backward<Units, T, W> worker(logits, left, hidden_panels, dhidden, factor);
+    Backward<Units, T, W> worker(logits, left, hidden_panels, factor);
     if (worker.reset(scratch))
-      for (int64_t share; (share = take()) < shares;) worker.run(share);
+      for (int64_t share; (share = take()) < shares;) worker.run(share, dhidden, &turn);
     else
       __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
     scratch.finish();
   });
   if (failures) return false;
-  parallel(a.threads, tokens, shares * tokens * sums, [&](int64_t begin, int64_t end) {
+  parallel(a.threads, tokens, tokens * sums, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for_columns(0, a.columns, [&](int64_t c, auto io) {
-        Floats total = {};
-        for (int64_t share = 0; share < shares; ++share)
-          total += load(dhidden + (share * tokens + i) * sums + c);
-        io.put(out + labelled[i] * a.columns + c, total);
+        io.put(out + labelled[i] * a.columns + c, load(dhidden + i * sums + c));
       });
   });
   return true;

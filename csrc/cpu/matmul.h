@@ -180,9 +180,9 @@ inline void put_words(Unit* p, Words v) {
 constexpr int64_t rows_ahead = 16;
 
 template <class T>
-inline void prefetch_row(const T* row, int64_t stride, int64_t columns) {
+inline void prefetch_row(const T* from, int64_t row, int64_t stride, int64_t columns) {
   for (int64_t c = 0; c < columns; c += static_cast<int64_t>(64 / sizeof(T)))
-    prefetch(row, rows_ahead * stride + c);
+    prefetch(from, (row + rows_ahead) * stride + c);
 }
 
 // A left operand from `rows` rows of `columns` numbers: (rows, units), zero behind the last number
@@ -192,7 +192,7 @@ inline void pack_left(typename Units::Unit* to, int64_t to_stride, const T* from
                       int64_t from_stride, int64_t rows, int64_t columns) {
   constexpr int64_t step = width * Units::per_unit;
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_row(from + r * from_stride, from_stride, columns);
+    prefetch_row(from, r, from_stride, columns);
     for (int64_t c = 0; c < columns; c += step)
       put_words(to + r * to_stride + c / Units::per_unit,
                 Units::row(from + r * from_stride + c, columns - c));
@@ -210,8 +210,7 @@ template <class Units, class T>
 inline void pack_panels(typename Units::Unit* to, int64_t panel_stride, const T* from,
                         int64_t from_stride, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; r += Units::per_unit) {
-    for (int64_t i = 0; i < Units::per_unit; ++i)
-      prefetch_row(from + (r + i) * from_stride, from_stride, columns);
+    for (int64_t i = 0; i < Units::per_unit; ++i) prefetch_row(from, r + i, from_stride, columns);
     typename Units::Unit* panel = to + r / Units::per_unit * panel_columns;
     for (int64_t c = 0; c < columns; c += width)
       put_words(panel + c / panel_columns * panel_stride + c % panel_columns,
@@ -226,8 +225,7 @@ inline void pack_transposed(typename Units::Unit* to, int64_t panel_stride, cons
   constexpr int64_t step = width * Units::per_unit;
   for (int64_t r = 0; r < rows; r += width) {
     typename Units::Unit* panel = to + r / panel_columns * panel_stride + r % panel_columns;
-    for (int64_t i = 0; i < width; ++i)
-      prefetch_row(from + (r + i) * from_stride, from_stride, columns);
+    for (int64_t i = 0; i < width; ++i) prefetch_row(from, r + i, from_stride, columns);
     for (int64_t c = 0; c < columns; c += step) {
       Words block[width];
       const int64_t there = smaller(width, rows - r);

@@ -234,8 +234,8 @@ inline Floats exponential(Floats x) {
 
 constexpr float log2_e = 1.44269504f;
 
-// 2^x for x <= 127, a minimax fit on |r| <= 1/2 with a relative error of 9e-8 before rounding; 0
-// where that is below the normal numbers, also for minus infinity; NaN stays NaN.
+// 2^x for x <= 127, a minimax fit on |r| <= 1/2 with a relative error of 9e-8 before rounding.
+// Below the normal numbers it is 0 or, with AVX-512, subnormal; of minus infinity 0; NaN stays NaN.
 inline Floats power_of_two(Floats x) {
   const Floats magic = broadcast(12582912.0f);
 #if defined(__AVX512F__)

@@ -53,10 +53,18 @@ def attention(lib: Any, draw: Callable[[Any], Any], b: Buffers) -> None:
         b.keep(np.array(draw(st.lists(int32s, min_size=batch + 1, max_size=batch + 1)), np.int32))
         for _ in range(2)
     ]
-    q, dout, dq, out = (b.numbers(code, queries, heads, head_dim) for _ in range(4))
-    k, v, dk, dv = (b.numbers(code, keys, heads, head_dim) for _ in range(4))
-    logsumexp = b.numbers(0, heads, queries)
     strides = (heads * head_dim, head_dim)
+    dout, out = (b.numbers(code, queries, heads, head_dim) for _ in range(2))
+    if draw(st.booleans()):  # in one tensor, read and written in place
+        keys, step = queries, heads * head_dim * (4 if code == 0 else 2)
+        strides = (3 * heads * head_dim, head_dim)
+        qkv, dqkv = (b.numbers(code, queries, 3, heads, head_dim) for _ in range(2))
+        q, k, v = (qkv + i * step if queries else qkv for i in range(3))
+        dq, dk, dv = (dqkv + i * step if queries else dqkv for i in range(3))
+    else:
+        q, dq = (b.numbers(code, queries, heads, head_dim) for _ in range(2))
+        k, v, dk, dv = (b.numbers(code, keys, heads, head_dim) for _ in range(4))
+    logsumexp = b.numbers(0, heads, queries)
     size = (batch, queries, keys, heads, head_dim)
     options = (draw(st.floats(-2, 2)), draw(st.booleans()), threshold, 3, code, threads)
     seed = b.seed(threshold)

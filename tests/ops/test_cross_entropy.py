@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from bertfast import ops, testing
+from bertfast.kernels import cpu
 
 
 @pytest.mark.parametrize(("backend", "isa", "precision"), testing.gate_grid("cross_entropy"))
@@ -53,6 +57,26 @@ def test_result_does_not_depend_on_the_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("isa", cpu.library().isas())
+@pytest.mark.parametrize("masked", [range(100), range(1700, 2000), range(1, 2000)])
+def test_a_bias_of_minus_infinity_rules_classes_out(masked, isa, use_isa):
+    """Panels and shares of the vocabulary with nothing else in them included."""
+    use_isa(isa)
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(7, 32), torch.randn(2000, 32), torch.randn(2000)
+    bias[list(masked)] = float("-inf")
+    labels = torch.tensor([500, 1699, -100, 700, 101, 300, 1000])
+    labels[labels >= 0] = 0 if len(masked) == 1999 else labels[labels >= 0]
+    outputs = []
+    for backend in ("cpu", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        loss = ops.cross_entropy(*leaves, labels, backend=backend)
+        outputs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for cpu_result, expected in zip(*outputs, strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(cpu_result, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_incoming_gradient_scales_all_three():
     leaves = [t.requires_grad_() for t in (torch.randn(5, 4), torch.randn(9, 4), torch.randn(9))]
     labels = torch.tensor([1, -100, 8, 0, 3])
@@ -62,22 +86,48 @@ def test_the_incoming_gradient_scales_all_three():
         torch.testing.assert_close(three, 3 * one)
 
 
-def test_no_logits_of_all_tokens_exist(monkeypatch):
-    """The largest thing torch allocates is a gradient; the rest is the kernel's own, by design a
-    panel of the vocabulary and sixteen rows per labelled token (the benchmark measures it)."""
-    sizes = []
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
+PEAK = """
+import resource, sys, torch
+import torch.nn.functional as F
+from bertfast import ops
 
-        def counted(*args, make=make, **kwargs):
-            sizes.append((made := make(*args, **kwargs)).numel())
-            return made
+def megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-        monkeypatch.setattr(torch, name, counted)
-    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(5000, 8)
-    loss = ops.cross_entropy(hidden, weight, None, torch.arange(64), backend="cpu")
-    loss.backward()
-    assert 0 < max(sizes) <= weight.numel()
+tokens, columns, vocabulary = map(int, sys.argv[2:])
+torch.set_num_threads(2)
+hidden = torch.randn(tokens, columns, requires_grad=True)
+weight = torch.randn(vocabulary, columns, requires_grad=True)
+def step(hidden, labels):
+    if sys.argv[1] == "eager":
+        F.cross_entropy(F.linear(hidden, weight), labels).backward()
+    else:
+        ops.cross_entropy(hidden, weight, None, labels, backend=sys.argv[1]).backward()
+step(hidden[:2], torch.arange(2))
+before = megabytes()
+step(hidden, torch.arange(tokens) % vocabulary)
+print(megabytes() - before)
+"""
+
+
+def peak_megabytes(backend, *sizes):
+    command = [sys.executable, "-c", PEAK, backend, *map(str, sizes)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has used at most, in kB")
+def test_no_logits_of_all_tokens_exist():
+    """What the process grows by, seen from outside."""
+    logits = 512 * 60000 * 4 / 2**20
+    assert peak_megabytes("eager", 512, 8, 60000) > 0.7 * logits, "the measurement sees nothing"
+    assert peak_megabytes("cpu", 512, 8, 60000) < 0.2 * logits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has used at most, in kB")
+def test_backward_holds_one_dhidden_per_thread():
+    """And its operands; not one of every share of the vocabulary."""
+    dhidden = 8192 * 256 * 4 / 2**20
+    assert peak_megabytes("cpu", 8192, 256, 1000) < 10 * dhidden
 
 
 def test_cpu_dispatches_no_torch_arithmetic():
@@ -131,20 +181,16 @@ MUTATIONS = {
         "a.mean ? *a.dloss / static_cast<float>(tokens)",
         "a.mean ? *a.dloss / static_cast<float>(a.tokens)",
     ),
-    "only the first share of dhidden": (
-        SOURCE,
-        "for (int64_t share = 0; share < shares; ++share)\n          total += load(dhidden",
-        "for (int64_t share = 0; share < 1; ++share)\n          total += load(dhidden",
-    ),
+    "only the last share of dhidden": (SOURCE, "share == 0 ? load(dhidden", "true ? load(dhidden"),
     "dhidden of the neighbouring token": (
         SOURCE,
-        "io.put(out + labelled[i] * a.columns + c, total);",
-        "io.put(out + labelled[0] * a.columns + c, total);",
+        "io.put(out + labelled[i] * a.columns + c,",
+        "io.put(out + labelled[0] * a.columns + c,",
     ),
     "a panel's dhidden replaces the last one's": (
         SOURCE,
-        "a.columns, share_dhidden, sums, true);",
-        "a.columns, share_dhidden, sums, false);",
+        "a.columns, dhidden, sums, accumulate);",
+        "a.columns, dhidden, sums, false);",
     ),
     "unlabelled tokens keep what was in dhidden": (
         SOURCE,
@@ -173,6 +219,10 @@ def test_the_scalar_is_float32_and_ignored_tokens_are_not_read():
 
 BAD = {
     r"hidden: expected shape \(T, C\)": ({"hidden": torch.ones(1, 4, 8)}, ValueError),
+    r"hidden: .* with C >= 1, got \(4, 0\)": (
+        {"hidden": torch.ones(4, 0), "weight": torch.ones(9, 0)},
+        ValueError,
+    ),
     r"weight: expected shape \(9, 8\), got \(9, 7\)": ({"weight": torch.ones(9, 7)}, ValueError),
     r"weight: expected shape \(V, C\) with V >= 1": ({"weight": torch.ones(0, 8)}, ValueError),
     r"bias: expected shape \(9,\)": ({"bias": torch.ones(8)}, ValueError),

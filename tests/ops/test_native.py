@@ -12,6 +12,7 @@ from bertfast.kernels import cpu
 from bertfast.kernels.cpu import check_launch
 
 sizes = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 511, 512, 513, 4096, 4097]))
+lengths = st.one_of(st.integers(0, 9), st.sampled_from([24, 25, 64, 65, 130]))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -37,6 +38,26 @@ def test_any_shape_layout_and_value(data):
                 testing.gelu_case(rows, columns, name="any", layout=layout, upstream=upstream),
                 testing.gelu_case(rows, columns, name="any", bias=False, approximate="tanh"),
                 testing.dropout_case(rows, columns, name="any", p=p or 0.5, layout=layout),
+                testing.attention_case(
+                    data.draw(st.lists(lengths, max_size=3)),
+                    data.draw(st.integers(1, 3)),
+                    min(columns, 256),
+                    name="any",
+                    storage=rows,
+                    causal=data.draw(st.booleans()),
+                    dropout_p=p,
+                    packed=data.draw(st.booleans()),
+                    layout=layout,
+                    upstream=upstream,
+                ),
+                testing.cross_entropy_case(
+                    data.draw(lengths),
+                    columns,
+                    data.draw(st.sampled_from([1, 2, 65, 1500])),
+                    name="any",
+                    bias=data.draw(st.booleans()),
+                    layout=layout,
+                ),
                 testing.embedding_case(
                     rows,
                     columns,
@@ -156,7 +177,18 @@ sizes64 = st.sampled_from([-(2**63), -1, 0, 1, 2, 65537, 2**63 - 1])
 words = st.sampled_from([0, 1, 65536, 65537, 2**32 - 1])
 codes = st.integers(-2, 3)
 # Name: how many addresses, then the numbers behind them.
+strides = st.tuples(sizes64, sizes64)
 ENTRY_POINTS = {
+    "attention_forward": (
+        8,
+        [sizes64] * 5 + [strides] * 3 + [st.floats(), st.booleans(), words, words] + [codes] * 2,
+    ),
+    "attention_backward": (
+        12,
+        [sizes64] * 5 + [strides] * 6 + [st.floats(), st.booleans(), words, words] + [codes] * 2,
+    ),
+    "cross_entropy_forward": (6, [sizes64] * 4 + [st.booleans()] * 2 + [codes] * 4),
+    "cross_entropy_backward": (9, [sizes64] * 4 + [st.booleans()] * 2 + [codes] * 4),
     "layernorm_forward": (8, [sizes64] * 2 + [st.floats(), words, words] + [codes] * 3),
     "layernorm_backward": (10, [sizes64] * 3 + [words, words] + [codes] * 3),
     "gelu_forward": (3, [sizes64] * 2 + [st.booleans()] + [codes] * 3),
@@ -182,6 +214,13 @@ def test_null_addresses_and_senseless_numbers_are_refused(name, data):
     drawn = [data.draw(number) for number in numbers]
     status = getattr(cpu.library(), name)(*[0] * addresses, *drawn)
     assert status > 0 or ("gelu" in name and 0 in drawn[:2])
+
+
+def test_every_entry_point_is_tried():
+    library = cpu.library()
+    kernels = {name for name in dir(library) if callable(getattr(library, name))}
+    about_itself = {"isa", "isas", "set_isa"}
+    assert {name for name in kernels if not name.startswith("_")} - about_itself == {*ENTRY_POINTS}
 
 
 def test_a_sign_that_is_only_a_flag():
