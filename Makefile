@@ -6,6 +6,7 @@ VENV ?= .venv
 # For example: make test PYTEST_ARGS="tests/ops -k gelu --slow"
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 BENCH_JSON ?= build/bench.json
 
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ export PIP_CONSTRAINT := $(CONSTRAINTS)
 unexport PYTHONPATH
 
 NATIVE := $(shell find csrc -type f ! -name '*.pyc')
-SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py') bertfast/py.typed setup.py pyproject.toml MANIFEST.in
+SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py' -o -name tuned.json) bertfast/py.typed setup.py pyproject.toml MANIFEST.in
 FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(shell find tests -type f -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
@@ -44,6 +45,18 @@ arm64: export OMP_WAIT_POLICY := passive
 arm64: export BERTFAST_REQUIRE_CPU := 1
 arm64: arm64-tools $(VENV)/.package $(VENV)/.test ## Cross-compile the CPU kernels for arm64 and run their gates under qemu
 	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest tests/ops/arm64 --arm64 $(PYTEST_ARGS)
+
+# On a machine with a GPU: with what is installed there, offline. DRY=1 proves the command anywhere.
+.PHONY: gpu
+ifdef DRY
+gpu: export TRITON_INTERPRET := 1
+gpu: $(VENV)/.package $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -P benchmarks/gpu --dry $(if $(PART),--part $(PART)) $(GPU_ARGS)
+else
+gpu: ## Gate and time the GPU kernels on this machine's GPU (PART=gates, checks, bench, report; DRY=1 without a GPU)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(PYTHON) -P benchmarks/gpu $(if $(PART),--part $(PART)) $(GPU_ARGS)
+endif
 
 # First of all, so that nobody waits for an installation to be told.
 .PHONY: arm64-tools

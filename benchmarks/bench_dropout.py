@@ -1,12 +1,15 @@
 """dropout against F.dropout, and torch.compile of that."""
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import testing
+from bertfast import ops, testing
+from bertfast.ops.dropout import dropout_threshold, keep_mask
 from bertfast.testing import Tensors
 
+from .gpu.timing import OnGpu
 from .kernels import (
     DIRECTIONS,
     DTYPES,
@@ -36,3 +39,20 @@ def bench_dropout(turns, direction, dtype, implementation):
     this = subject(shape, 0.1)
     # Both ways, one tensor is read and one written: the mask is drawn again, not read.
     time_kernel(turns, this, implementation, direction, dtype, bytes=2 * bytes_of(shape, dtype))
+
+
+def on_gpu(dry: bool) -> list[OnGpu]:
+    shape = "64x768" if dry else "32768x768"
+    moved = {"bytes": 2 * bytes_of(shape, "bfloat16")}
+    dtype = "float32" if dry else "bfloat16"
+    return [OnGpu(subject(shape, 0.1), "forward", dtype, moved, target=0.9, tile="dropout")]
+
+
+def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
+    """The mask of the last rows of many, and what its definition says."""
+    rows = elements // 1024
+    ones, seed = torch.ones(rows, 1024, device=device).half(), testing.seed_tensor()
+    out = ops.dropout(ones, 0.1, seed=seed.to(device), site=3, backend=backend)
+    numbers = torch.arange(rows - 7, rows)
+    expected = keep_mask(seed, 3, numbers, 1024, dropout_threshold(0.1))
+    return (out[-7:] != 0).cpu(), expected

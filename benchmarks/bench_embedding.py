@@ -4,13 +4,15 @@ The gradient of the word table is dense on all sides, as transformers has it by 
 """
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bertfast import testing
+from bertfast import ops, testing
 from bertfast.testing import Tensors
 
 from . import memory
+from .gpu.timing import OnGpu
 from .kernels import (
     DIRECTIONS,
     DTYPES,
@@ -70,3 +72,30 @@ def bench_embedding(turns, dropout_p, direction, dtype, implementation):
                 dropout_p=dropout_p,
             )
         )
+
+
+def on_gpu(dry: bool) -> list[OnGpu]:
+    shape = "64x768" if dry else "32768x768"
+    each, table = bytes_of(shape, "bfloat16"), bytes_of(f"{VOCABULARY}x768", "bfloat16")
+    return [
+        OnGpu(
+            subject(shape, 0.1),
+            direction,
+            "float32" if dry else "bfloat16",
+            {"bytes": moved},
+            tile=f"embedding_{direction}",
+        )
+        for direction, moved in (("forward", 2 * each), ("backward", 2 * each + table))
+    ]
+
+
+def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
+    """The last tokens of many, and the same tokens alone."""
+    tokens, generator = elements // 1024, torch.Generator(device).manual_seed(0)
+    ids = torch.randint(50, (tokens,), device=device, generator=generator)
+    table, weight = torch.randn(50, 1024, device=device).half(), torch.ones(1024, device=device)
+
+    def call(some: Tensor) -> Tensor:
+        return ops.embedding(some, None, some, table, None, table, weight, weight, backend=backend)
+
+    return call(ids)[-7:].clone(), call(ids[-7:])

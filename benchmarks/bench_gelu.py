@@ -9,6 +9,7 @@ from bertfast import ops, testing
 from bertfast.kernels.cpu import gelu as launcher
 from bertfast.testing import Tensors
 
+from .gpu.timing import OnGpu
 from .kernels import (
     DIRECTIONS,
     DTYPES,
@@ -42,6 +43,32 @@ def bench_gelu(turns, approximate, direction, shape, dtype, implementation):
     moved = MOVED[direction] * bytes_of(shape, dtype)
     this = subject(shape, approximate)
     time_kernel(turns, this, implementation, direction, dtype, bytes=moved)
+
+
+def on_gpu(dry: bool) -> list[OnGpu]:
+    shape = "64x3072" if dry else "32768x3072"
+    each = bytes_of(shape, "bfloat16")
+    return [
+        OnGpu(
+            subject(shape, approximate),
+            direction,
+            "float32" if dry else "bfloat16",
+            {"bytes": tensors * each},
+            target=0.9,
+            tile=f"gelu_{direction}",
+        )
+        for approximate in ("none", "tanh")
+        for direction, tensors in MOVED.items()
+    ]
+
+
+def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
+    """The last elements of many, and the same alone: with a bias by rows, without as one row."""
+    x = torch.randn(elements // 1024, 1024, device=device).half()
+    bias = torch.randn(1024, device=device)
+    got = [ops.gelu(x, b, backend=backend)[-7:].clone() for b in (bias, None)]
+    alone = [ops.gelu(x[-7:], b, backend=backend) for b in (bias, None)]
+    return torch.stack(got), torch.stack(alone)
 
 
 @pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])

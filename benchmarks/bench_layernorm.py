@@ -9,6 +9,7 @@ from bertfast import ops, testing
 from bertfast.kernels.cpu import layernorm as launcher
 from bertfast.testing import Tensors
 
+from .gpu.timing import OnGpu
 from .kernels import (
     DIRECTIONS,
     DTYPES,
@@ -44,6 +45,38 @@ def bench_layernorm(turns, dropout_p, direction, shape, dtype, implementation):
     moved = tensors * bytes_of(shape, dtype)
     this = subject(shape, dropout_p)
     time_kernel(turns, this, implementation, direction, dtype, bytes=moved)
+
+
+def on_gpu(dry: bool) -> list[OnGpu]:
+    """Forward as in training, which also writes the sum that backward reads."""
+    entries = []
+    for columns in (768, 1024):
+        shape = f"{64 if dry else 32768}x{columns}"
+        for dropout_p in (0.1, 0.0):
+            this, each = subject(shape, dropout_p), bytes_of(shape, "bfloat16")
+            for direction, tensors, target in (
+                ("training forward", 4, 0.85),
+                ("backward", 4 if dropout_p else 3, 0.75),
+            ):
+                entries.append(
+                    OnGpu(
+                        this,
+                        direction,
+                        "float32" if dry else "bfloat16",
+                        {"bytes": tensors * each},
+                        target=target if dropout_p else None,
+                        tile=f"layernorm_{direction.split()[-1]}",
+                    )
+                )
+    return entries
+
+
+def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
+    """The last rows of many, and the same rows alone."""
+    x = torch.randn(elements // 1024, 1024, device=device).half()
+    weight, bias = torch.randn(2, 1024, device=device)
+    alone = ops.layernorm(x[-7:], weight, bias, residual=x[-7:], backend=backend)
+    return ops.layernorm(x, weight, bias, residual=x, backend=backend)[-7:].clone(), alone
 
 
 @pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bertfast import testing
-from bertfast.backends import TABLE
+from bertfast.backends import BACKENDS, TABLE
 from bertfast.testing import Case, Tensors
 
 from .turns import Call, Calls, Turns
@@ -58,25 +58,28 @@ class Subject:
         names = TABLE[self.case.word]
         return "cpu" if "cpu" in names else names[0]
 
-    def run_gate(self, dtype: str) -> None:
+    def run_gate(self, dtype: str, backend: str | None = None, device: str = "cpu") -> None:
         """No speed is reported from a red gate, and it runs at the very size that is timed."""
         to, mixed = precision(dtype)
-        testing.run_gate(self.case, to, self.backend, mixed=mixed)
-        testing._expected.cache_clear()  # at these sizes it would keep gigabytes
+        try:
+            testing.run_gate(self.case, to, backend or self.backend, mixed=mixed, device=device)
+        finally:
+            testing._expected.cache_clear()  # at these sizes it would keep gigabytes
 
     def implementation(self, name: str) -> Peer:
-        if name == "bertfast":
-            return peer_of(self.case, lambda t: self.case.op(t, self.backend))
+        if name == "bertfast" or name in BACKENDS:
+            backend = self.backend if name == "bertfast" else name
+            return peer_of(self.case, lambda t: self.case.op(t, backend))
         if name == "compile":
             eager = self.peers["eager"]
             return dataclasses.replace(eager, call=torch.compile(eager.call, dynamic=False))
         return self.peers[name]
 
-    def call(self, name: str, direction: str, dtype: str) -> Call:
-        """One implementation, ready to be timed: forward without gradients, backward on a graph
-        that is there already, or both."""
+    def call(self, name: str, direction: str, dtype: str, device: str = "cpu") -> Call:
+        """One implementation, ready to be timed: forward without gradients, training forward with
+        them, backward on a graph that is there already, or both. ``name`` may be a backend."""
         peer = self.implementation(name)
-        tensors = peer.inputs(dtype)
+        tensors = {key: value.to(device) for key, value in peer.inputs(dtype).items()}
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -85,6 +88,8 @@ class Subject:
         if direction == "forward":
             return forward
         wanted = [tensors[name].requires_grad_() for name in peer.grads]
+        if direction == "training forward":
+            return lambda: peer.call(tensors)
         dout = torch.randn_like(forward())
         if direction == "backward":
             out = peer.call(tensors)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,15 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
 TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "reference"),
-    "layernorm": ("cpu", "reference"),
-    "gelu": ("cpu", "reference"),
-    "embedding": ("cpu", "reference"),
+    "layernorm": ("cpu", "triton", "reference"),
+    "gelu": ("cpu", "triton", "reference"),
+    "embedding": ("cpu", "triton", "reference"),
     "cross_entropy": ("cpu", "reference"),
-    "dropout": ("cpu", "reference"),
+    "dropout": ("cpu", "triton", "reference"),
 }
+# On CPU tensors these run in an interpreter or an emulation, which is for tests: there they must be
+# asked for by name.
+ON_GPU = ("triton", "cuda")
 
 
 def _check_name(name: str, source: str) -> str:
@@ -54,7 +58,17 @@ class _ThreadChoice(threading.local):
 _environment = _from_environment()
 _thread = _ThreadChoice()
 _warned: set[str] = set()
-_modules: dict[tuple[str, str], ModuleType] = {}
+_modules: dict[tuple[str, str], "ModuleType | _Missing"] = {}
+
+
+class _Missing:
+    """Stands for the kernels of a backend that cannot run here at all."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def supports(self, x: Tensor) -> str | None:
+        return self.reason
 
 
 @contextmanager
@@ -82,14 +96,21 @@ def backend(name: str | None) -> Iterator[None]:
 def load_kernels() -> None:
     """Import every implementation :data:`TABLE` names; the ops do it when they are imported.
 
-    Not on first use, which may be inside ``torch.compile``: it cannot trace an import.
+    Not on first use, which may be inside ``torch.compile``: it cannot trace an import. A backend
+    whose package says what is ``missing`` for it is left out.
     """
     for word, names in TABLE.items():
         for name in names:
-            _modules[word, name] = importlib.import_module(f"bertfast.kernels.{name}.{word}")
+            package = importlib.import_module(f"bertfast.kernels.{name}")
+            reason = getattr(package, "missing", None)
+            _modules[word, name] = (
+                importlib.import_module(f"bertfast.kernels.{name}.{word}")
+                if reason is None
+                else _Missing(reason)
+            )
 
 
-def kernel(word: str, name: str) -> ModuleType:
+def kernel(word: str, name: str) -> Any:
     """The module that implements op ``word`` on backend ``name``."""
     if not _modules:
         load_kernels()
@@ -110,11 +131,19 @@ def choose(word: str, x: Tensor, requested: str | None = None) -> str:
     if ambient is not None:
         return _insist(word, x, ambient)
     for name in TABLE[word]:
-        if kernel(word, name).supports(x) is None:
+        if _passed_over(word, name, x) is None:
             if name == "reference" and x.is_cuda:
                 _warn_fallback(word, x)
             return name
     raise BackendError(f"{word}: no backend supports {x.dtype} on {x.device}")
+
+
+def _passed_over(word: str, name: str, x: Tensor) -> str | None:
+    """Why an automatic choice does not take this backend, or None."""
+    reason: str | None = kernel(word, name).supports(x)
+    if reason is None and name in ON_GPU and x.is_cpu:
+        return "it would be interpreted, which must be asked for by name"
+    return reason
 
 
 def current() -> str | None:
@@ -180,7 +209,10 @@ def explain(
             if name not in names:
                 passed_over[name] = "has no kernel for this op"
         for name in names:
-            reason = kernel(word, name).supports(x)
+            if name == ambient:
+                reason = kernel(word, name).supports(x)
+            else:
+                reason = _passed_over(word, name, x)
             if reason is None and ambient is not None and name != ambient:
                 reason = f"backend {ambient!r} was asked for"
             if reason is not None:

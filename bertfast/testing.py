@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast import ops
-from bertfast.backends import TABLE
-from bertfast.kernels import cpu
+from bertfast.backends import ON_GPU, TABLE
+from bertfast.kernels import cpu, triton
 from bertfast.ops.dropout import (
     attention_keep_mask,
     dropout_scale,
@@ -174,33 +174,36 @@ class Case:
         for name, value in made.items():
             if value.is_floating_point():
                 to = torch.float32 if mixed and name in self.parameters else dtype
-                value = _cast(value, to)
+                value = _cast(value, to, device)
             result[name] = value.to(device)
         return result
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype`` with its strides, whatever they are."""
+def _cast(x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """``x`` in ``dtype`` on ``device`` with its strides, whatever they are."""
     if not x.is_contiguous() and x._base is not None:
-        return x._base.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
-    return x.to(dtype)
+        base = x._base.to(device=device, dtype=dtype)
+        return base.as_strided(x.shape, x.stride(), x.storage_offset())
+    return x.to(device=device, dtype=dtype)
 
 
 def upstream_gradient(out: Tensor, layout: str, seed: int = 1) -> Tensor:
     """A random gradient of ``out``'s shape and dtype, in the layout that was asked for."""
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(out.shape)
+
+    def normal(*shape: int) -> Tensor:
+        # Cast before it is viewed: a cast view would be contiguous again.
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.to(device=out.device, dtype=out.dtype)
+
     if layout == "expanded":  # stride 0, as from .sum().backward()
-        dout = torch.randn(shape[-1:], generator=generator, dtype=torch.float64).expand(shape)
-    elif layout == "sliced":
-        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator, dtype=torch.float64)
-        dout = wide[..., ::2]
-    elif layout == "transposed":
-        turned = torch.randn(tuple(reversed(shape)), generator=generator, dtype=torch.float64)
-        dout = turned.permute(*reversed(range(len(shape))))
-    else:
-        dout = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return dout.to(device=out.device, dtype=out.dtype)
+        return normal(*shape[-1:]).expand(shape)
+    if layout == "sliced":
+        return normal(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "transposed":
+        return normal(*reversed(shape)).permute(*reversed(range(len(shape))))
+    return normal(*shape)
 
 
 def run_gate(
@@ -309,12 +312,15 @@ ROW_SHAPES: dict[str, tuple[int, int]] = {
     "one_vector_and_one": (9, 17),
     "odd": (37, 101),
     "several_blocks": (133, 64),
-    # Shared between two threads in the middle of a row.
-    "two_threads": (71, 515),
+    # Shared between two threads in the middle of a row; more tiles than a GPU kernel has programs
+    # where it is interpreted.
+    "two_threads": (91, 515),
     "piece_and_tail": (6, 1030),
     "base": (64, 768),
     "ffn": (20, 3072),
     "long_row": (3, 4999),
+    # Longer than any kernel takes at once.
+    "longest_row": (5, 18001),
 }
 
 
@@ -717,13 +723,14 @@ def _embedding_cases() -> list[Case]:
         embedding_case(37, 24, name="expanded", upstream="expanded"),
         embedding_case(37, 24, name="transposed", upstream="transposed"),
         embedding_case(9, 7, name="under_a_vector", dropout_p=0.1),
-        embedding_case(71, 515, name="two_threads", dropout_p=0.1),
+        embedding_case(91, 515, name="two_threads", dropout_p=0.1),
         embedding_case(6, 1030, name="piece_and_tail", dropout_p=0.1),
         embedding_case(3, 4999, name="long_row", dropout_p=0.1),
+        embedding_case(5, 9001, name="longest_row", dropout_p=0.1),
         embedding_case(37, 101, name="int32", ids=torch.int32, dropout_p=0.1),
         embedding_case(50, 24, name="storage", storage=90, padding_idx=0),
         # More readers of one row than are summed at a time, and nothing else to sum.
-        embedding_case(700, 33, name="one_row", vocabulary=1, positions=1),
+        embedding_case(1200, 33, name="one_row", vocabulary=1, positions=1),
         # More rows than one digit of the sort tells apart, or two: 512 * 512.
         embedding_case(200, 24, name="many_words", vocabulary=5000, positions=600),
         embedding_case(40, 3, name="most_words", vocabulary=(1 << 19) + 1, apart=1 << 18),
@@ -800,46 +807,77 @@ CASES: dict[str, list[Case]] = {
 PRECISIONS = {
     "reference": ("float32", "bfloat16", "float16", "bfloat16-mixed"),
     "cpu": ("float32", "bfloat16", "bfloat16-mixed"),
+    "triton": ("float32", "float16", "bfloat16", "float16-mixed", "bfloat16-mixed"),
 }
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's gates run; a GPU backend's on the CPU while it is interpreted."""
+    return "cuda" if backend in ON_GPU and not triton.interpreted else "cpu"
+
+
+def precisions_of(word: str, backend: str) -> list[str]:
+    """What the gates run in, here: Triton's interpreter has no right bfloat16, and an op without
+    parameters no mixed precision."""
+    wrong = "bfloat16" if backend == "triton" and triton.interpreted else None
+    parameters = any(case.parameters for case in CASES[word])
+    return [
+        name
+        for name in PRECISIONS[backend]
+        if name.partition("-")[0] != wrong and (parameters or "-" not in name)
+    ]
+
+
 def gate_grid(word: str) -> list[tuple[str, str, str]]:
-    """``(backend, instruction set, precision)`` for every implementation of ``word`` that is here.
+    """``(backend, instruction set, precision)`` for every implementation of ``word``.
 
     The instruction set is "" for backends that have none.
     """
     grid = []
     for backend in TABLE[word]:
         isas = cpu.library().isas() if backend == "cpu" else [""]
-        grid += [(backend, isa, precision) for isa in isas for precision in PRECISIONS[backend]]
+        grid += [
+            (backend, isa, precision) for isa in isas for precision in precisions_of(word, backend)
+        ]
     return grid
 
 
-def run_gates(word: str, backend: str, precision: str) -> None:
-    """Every case of ``word`` through its gate.
+def run_gates(
+    word: str, backend: str, precision: str, *, cases: Sequence[Case] | None = None
+) -> None:
+    """Every case of ``word``, or those given, through its gate.
 
     Raises:
         AssertionError: naming each comparison that failed.
     """
     name, _, mixed = precision.partition("-")
     failures = []
-    for case in CASES[word]:
+    for case in CASES[word] if cases is None else cases:
         if mixed and not case.parameters:
             continue
         try:
-            run_gate(case, getattr(torch, name), backend, mixed=bool(mixed))
+            run_gate(
+                case,
+                getattr(torch, name),
+                backend,
+                mixed=bool(mixed),
+                device=device_of(backend),
+            )
         except AssertionError as error:
             failures.append(str(error).splitlines()[0])
     assert not failures, "\n".join(failures)
 
 
 def gates_are_red(word: str, backend: str) -> bool:
-    """Whether any case of ``word`` fails its gate in float32 or bfloat16. Leaves no records."""
+    """Whether any case of ``word`` fails its gate in one of the backend's dtypes. Leaves no
+    records."""
     recorded = len(gate_records)
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for precision in precisions_of(word, backend):
+            dtype, _, mixed = precision.partition("-")
             for case in CASES[word]:
-                run_gate(case, dtype, backend)
+                if not mixed:
+                    run_gate(case, getattr(torch, dtype), backend, device=device_of(backend))
     except AssertionError:
         return True
     finally:

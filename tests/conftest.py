@@ -18,6 +18,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+# Here the Triton kernels run on CPU tensors, in Triton's interpreter; `make gpu` is for the device.
+# Before anything imports triton, which reads it once.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,6 @@
 """Instruction sets, mutated builds, and the summary of how close the gates came to their limit."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,10 +12,12 @@ import csrc_build
 import pytest
 import torch
 
-from bertfast import testing
-from bertfast.kernels import cpu
+from bertfast import backends, testing
+from bertfast.backends import TABLE
+from bertfast.kernels import cpu, triton
 
 CSRC = Path(__file__).parents[2] / "csrc"
+TRITON = Path(triton.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,41 @@ class Mutants:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "_lib", mutant)
             yield
+
+
+class TritonMutants:
+    """Copies of the Triton kernels with one textual change, imported under another name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    @contextmanager
+    def in_place(self, file: str, old: str, new: str) -> Iterator[None]:
+        self.count += 1
+        package = f"triton_mutant{self.count}"
+        target = self.folder / package
+        shutil.copytree(TRITON, target)
+        for path in target.glob("*.py"):
+            text = path.read_text()
+            if path.name == file:
+                assert text.count(old), f"{file} no longer holds {old!r}: bring it up to date"
+                text = text.replace(old, new, 1)
+            text = text.replace("from bertfast.kernels import triton as", f"import {package} as")
+            path.write_text(text.replace("bertfast.kernels.triton", package))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(self.folder)
+            for word, names in TABLE.items():
+                if "triton" in names:
+                    mutant = importlib.import_module(f"{package}.{word}")
+                    assert mutant.__file__ == str(target / f"{word}.py")
+                    patch.setitem(backends._modules, (word, "triton"), mutant)
+            yield
+
+
+@pytest.fixture(scope="session")
+def triton_mutants(tmp_path_factory: pytest.TempPathFactory) -> TritonMutants:
+    return TritonMutants(tmp_path_factory.mktemp("triton_mutants"))
 
 
 @pytest.fixture(scope="session")

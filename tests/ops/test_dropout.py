@@ -246,6 +246,56 @@ def test_backward_uses_the_mask_of_forward():
     assert torch.equal(grad != 0, out != 0)
 
 
+TRITON_MUTATIONS = {
+    "no 1 / (1 - p)": (
+        "dropout.py",
+        "v.to(tl.float32) * scale",
+        "v.to(tl.float32)",
+    ),
+    "the row's high word is the low one": (
+        "_dropout.py",
+        "(row >> 32).to(tl.uint32) + nothing,",
+        "row.to(tl.uint32) + nothing,",
+    ),
+    "a multiplier": (
+        "_dropout.py",
+        "c0 * 0xD2511F53",
+        "c0 * 0xCD9E8D57",
+    ),
+    "a key step": (
+        "_dropout.py",
+        "k1 += 0xBB67AE85",
+        "k1 += 0x9E3779B9",
+    ),
+    "keep and drop swapped": (
+        "_dropout.py",
+        ">= threshold",
+        "< threshold",
+    ),
+    "the second piece has the first one's mask": (
+        "dropout.py",
+        "first + r, c0, COLUMNS)",
+        "first + r, 0, COLUMNS)",
+    ),
+    "the first rows' mask for all": (
+        "dropout.py",
+        "threshold, first + r,",
+        "threshold, (first - first) + r,",
+    ),
+    "the site left out": (
+        "_dropout.py",
+        "nothing + site.to(tl.uint32)",
+        "nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("dropout", "triton")
+
+
 BAD = {
     "p: expected a probability from 0 to 1, got 1.1": ((1.1, SEED, 1), ValueError),
     "seed: expected an int64 tensor of one element when": ((0.1, None, 1), ValueError),

@@ -285,6 +285,76 @@ def test_float16_autocast():
         torch.testing.assert_close(given, wanted)
 
 
+TRITON_MUTATIONS = {
+    "positions left out": (
+        "embedding.py",
+        "v += _read(position, positions, position_ids,",
+        "_read(position, positions, position_ids,",
+    ),
+    "types read from the words": (
+        "embedding.py",
+        "_read(token_type, types, token_type_ids,",
+        "_read(word, types, token_type_ids,",
+    ),
+    "a dropped value is not zero": (
+        "embedding.py",
+        "y * scale, 0.0)",
+        "y * scale, b[None, :])",
+    ),
+    "backward without the mask": (
+        "embedding.py",
+        "            dy = tl.where(keep, dy * scale, 0.0)",
+        "            dy = dy * scale",
+    ),
+    "a run's end not seen": (
+        "embedding.py",
+        "if e == CHUNK - 1 or _id_at",
+        "if e == CHUNK - 1 and _id_at",
+    ),
+    "sums of runs that began before go to the table": (
+        "embedding.py",
+        "if began_before & (id == first):",
+        "if began_before & (id != first):",
+    ),
+    "runs that go on are not joined": (
+        "embedding.py",
+        "elif goes_on:",
+        "elif goes_on & (id < 0):",
+    ),
+    "only the next chunks are joined": (
+        "embedding.py",
+        "following += JOINED",
+        "following += 1 << 20",
+    ),
+    "a run's first part left out": (
+        "embedding.py",
+        "total += tl.sum(sums, axis=0)",
+        "total = tl.sum(sums, axis=0)",
+    ),
+    "the order of the tokens ignored": (
+        "embedding.py",
+        "token = tl.load(order + begin + i, mask=there, other=0)",
+        "token = begin + i",
+    ),
+    "padding_idx has a gradient": (
+        "embedding.py",
+        "elif (id >= 0) & (id < table_rows) & (id != skip):",
+        "elif (id >= 0) & (id < table_rows):",
+    ),
+    "the sort is of the wrong ids": (
+        "embedding.py",
+        "dposition = _table_gradient(ids[2], ds, tables[2], -1)",
+        "dposition = _table_gradient(ids[2].flip(0), ds, tables[2], -1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("embedding", "triton")
+
+
 BAD = {
     "input_ids: expected values from 0 to 9, got 10 at position 1": (
         {"input_ids": torch.tensor([1, 10])},

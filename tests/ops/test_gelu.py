@@ -113,6 +113,66 @@ def test_unchanged_copy_passes(mutants):
         assert not testing.gates_are_red("layernorm", "cpu")
 
 
+TRITON_MUTATIONS = {
+    "the bias left out": (
+        "gelu.py",
+        "z += tl.load(bias + c0 + c, mask=column_there, other=0.0).to(tl.float32)[None, :]",
+        "z += 0.0",
+    ),
+    "the bias of the first piece": (
+        "gelu.py",
+        "z += tl.load(bias + c0 + c, mask",
+        "z += tl.load(bias + c, mask",
+    ),
+    "no tails": (
+        "gelu.py",
+        "tl.abs(z) >= 5.5",
+        "tl.abs(z) >= 55.0",
+    ),
+    "the slope's tails end too early": (
+        "gelu.py",
+        "tl.abs(z) >= 5.9",
+        "tl.abs(z) >= 1.9",
+    ),
+    "tanh for erf": (
+        "gelu.py",
+        "_tanh_cdf(z) if TANH else _cdf(z)",
+        "_tanh_cdf(z)",
+    ),
+    "no cubic in tanh's slope": (
+        "gelu.py",
+        "(z * z * (6.0 * _C * _A) + 2.0 * _C)",
+        "(2.0 * _C)",
+    ),
+    "a coefficient of the slope": (
+        "gelu.py",
+        "p * t - 2.05656518e-2",
+        "p * t + 2.05656518e-2",
+    ),
+    "only a program's last tile in dbias": (
+        "gelu.py",
+        "dbias += tl.sum(dz, axis=0)",
+        "dbias = tl.sum(dz, axis=0)",
+    ),
+    "a program skips tiles": (
+        "gelu.py",
+        "tl.range(program, tl.cdiv(rows, ROWS), programs,",
+        "tl.range(program, tl.cdiv(rows, ROWS), 2 * programs,",
+    ),
+    "the last rows left out": (
+        "gelu.py",
+        "row_there = r < tl.minimum(rows - first, ROWS).to(tl.int32)\n    column",
+        "row_there = r < tl.minimum(rows - first - 1, ROWS).to(tl.int32)\n    column",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("gelu", "triton")
+
+
 BAD = {
     "x: expected a floating-point": ({"x": torch.ones(2, 4, dtype=torch.int64)}, TypeError),
     "x: expected at least one dimension": ({"x": torch.ones(())}, ValueError),

@@ -149,6 +149,116 @@ def test_gate_bites(name, mutants):
         assert testing.gates_are_red("layernorm", "cpu")
 
 
+TRITON_MUTATIONS = {
+    "eps dropped": (
+        "_norm.py",
+        "tl.maximum(variance, 0.0) + eps",
+        "tl.maximum(variance, 0.0)",
+    ),
+    "variance about zero": (
+        "_norm.py",
+        "d = tl.where(inside, v - about[:, None], 0.0)",
+        "d = tl.where(inside, v, 0.0)",
+    ),
+    "what is beyond the row counts in the variance": (
+        "_norm.py",
+        "d = tl.where(inside, v - about[:, None], 0.0)",
+        "d = v - about[:, None]",
+    ),
+    "the rest of the mean forgotten": (
+        "_norm.py",
+        "return about + rest,",
+        "return about,",
+    ),
+    "rstd saved for the mean": (
+        "layernorm.py",
+        "tl.store(statistics + first + r, mean, mask=there)",
+        "tl.store(statistics + first + r, rstd, mask=there)",
+    ),
+    "statistics of the unrounded sum": (
+        "layernorm.py",
+        "    return v.to(stored.dtype)\n",
+        "    return v\n",
+    ),
+    "no 1 / (1 - p)": (
+        "layernorm.py",
+        "v = tl.where(keep, v * scale, 0.0)",
+        "v = tl.where(keep, v, 0.0)",
+    ),
+    "six rounds": (
+        "_dropout.py",
+        "static_range(7)",
+        "static_range(6)",
+    ),
+    "words in the wrong order": (
+        "_dropout.py",
+        "tl.join(tl.join(w0, w2), tl.join(w1, w3))",
+        "tl.join(tl.join(w0, w1), tl.join(w2, w3))",
+    ),
+    "halves swapped": (
+        "_dropout.py",
+        "tl.join(words & 0xFFFF, words >> 16)",
+        "tl.join(words >> 16, words & 0xFFFF)",
+    ),
+    "the seed's high word ignored": (
+        "_dropout.py",
+        "(key >> 32).to(tl.uint32),",
+        "key.to(tl.uint32),",
+    ),
+    "every tile has the first one's mask": (
+        "layernorm.py",
+        "keep = keep_rows(seed, site, threshold, first + r, c0, c.shape[0])\n        v =",
+        "keep = keep_rows(seed, site, threshold, r, c0, c.shape[0])\n        v =",
+    ),
+    "every piece has the first one's mask": (
+        "layernorm.py",
+        "keep = keep_rows(seed, site, threshold, first + r, c0, c.shape[0])\n        v =",
+        "keep = keep_rows(seed, site, threshold, first + r, 0, c.shape[0])\n        v =",
+    ),
+    "dresidual scaled too": (
+        "layernorm.py",
+        "tl.store(dresidual + at, ds.to(dx",
+        "tl.store(dresidual + at, (ds * scale).to(dx",
+    ),
+    "no mean of g * xhat": (
+        "_norm.py",
+        " - xhat * mean_gx[:, None]",
+        "",
+    ),
+    "only a program's last tile in dweight": (
+        "layernorm.py",
+        "dweight += tl.sum(dy * xhat, axis=0)",
+        "dweight = tl.sum(dy * xhat, axis=0)",
+    ),
+    "only the first programs are summed": (
+        "_norm.py",
+        "for first in range(0, programs, ROWS):",
+        "for first in range(0, 1, ROWS):",
+    ),
+    "half of the programs": (
+        "_norm.py",
+        "mask=(row < programs)[:, None]",
+        "mask=(row < programs // 2)[:, None]",
+    ),
+    "pieces joined without their distance": (
+        "layernorm.py",
+        " + step * step * (c0 * share)",
+        "",
+    ),
+    "a long row's gradient without its mean": (
+        "layernorm.py",
+        "mean_g = tl.load(means + first + r, mask=there, other=0.0)",
+        "mean_g = tl.zeros((ROWS,), tl.float32)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("layernorm", "triton")
+
+
 BAD = {
     "x: expected a floating-point": ({"x": torch.ones(2, 4, dtype=torch.int64)}, TypeError),
     "x: expected a tensor": ({"x": [1.0]}, TypeError),

@@ -20,7 +20,8 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 @given(st.data())
 def test_any_shape_layout_and_value(data):
     """Against the reference, and with a guard of known values around every output."""
-    rows, columns = data.draw(st.integers(0, 6)), data.draw(sizes.filter(lambda n: n > 0))
+    # Not 2 columns, whose norm is +-1 whatever is in them: a gradient of 0 has no error to compare.
+    rows, columns = data.draw(st.integers(0, 6)), data.draw(sizes.filter(lambda n: n not in (0, 2)))
     dtype, mixed = data.draw(dtypes), data.draw(st.booleans())
     isa = data.draw(st.sampled_from(cpu.library().isas()))
     layout = data.draw(st.sampled_from(["contiguous", "sliced", "transposed"]))

@@ -51,6 +51,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
         "BERTFAST_",
         "PIP_BUILD_CONSTRAINT",
         "PYTHONPATH",
+        "TRITON_",
         "CXX",
         "CXXFLAGS",
         "LDFLAGS",

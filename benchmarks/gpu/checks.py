@@ -1,0 +1,177 @@
+"""What a gate does not see: repeats, compilation, graphs, streams, devices, sizes, bad accesses."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertfast import testing
+from bertfast.testing import Case
+
+from .place import Place
+
+Result = dict[str, Any]
+Check = Callable[[Place, str, str], Result]
+
+# The dtype of the checks that look at one only.
+_DTYPE = {False: torch.bfloat16, True: torch.float32}
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether CUDA will answer every later call in this process with this error, too."""
+    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
+
+
+def _case(word: str) -> Case:
+    """The word's case that has the most in it: the first one with dropout and odd sizes."""
+    cases = testing.CASES[word]
+    for wanted in ("two_threads-p0.1", "two_threads", "several_blocks", "odd"):
+        for case in cases:
+            if case.name.startswith(wanted):
+                return case
+    return cases[-1]
+
+
+class _Call:
+    """Forward and backward of one case, on tensors that stay where they are."""
+
+    def __init__(self, place: Place, word: str, backend: str, device: str | None = None) -> None:
+        self.case, self.backend = _case(word), backend
+        tensors = self.case.inputs(_DTYPE[place.dry], device=device or place.device)
+        self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
+        self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
+        self.dout = testing.upstream_gradient(self.forward().detach(), "contiguous")
+
+    def forward(self) -> Tensor:
+        return self.case.op(self.tensors, self.backend)
+
+    def __call__(self) -> list[Tensor]:
+        out = self.forward()
+        return [out.detach(), *torch.autograd.grad(out, self.leaves, self.dout)]
+
+
+def _same(results: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def repeats(place: Place, word: str, backend: str) -> Result:
+    """Fifty times the same bits."""
+    call, count = _Call(place, word, backend), 2 if place.dry else 50
+    first = [x.clone() for x in call()]
+    return {"green": all(_same(call(), first) for _ in range(count - 1)), "repeats": count}
+
+
+def compiled(place: Place, word: str, backend: str) -> Result:
+    """The gate through torch.compile, in one graph."""
+    case = _case(word)
+    compiler = "aot_eager" if place.dry else "inductor"
+    try:
+        call = torch.compile(case.op, fullgraph=True, backend=compiler)
+        testing.run_gate(case, _DTYPE[place.dry], backend, device=place.device, apply=call)
+    finally:
+        torch.compiler.reset()
+    return {"green": True, "compiler": compiler}
+
+
+def graph(place: Place, word: str, backend: str) -> Result:
+    """Captured once, replayed twice, the same bits as without."""
+    if place.dry:
+        return {"left_out": "the CPU has no graphs"}
+    call = _Call(place, word, backend)
+    expected = [x.clone() for x in call()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = call()
+    green = True
+    for _ in range(2):
+        for x in results:
+            x.zero_()
+        captured.replay()
+        torch.cuda.synchronize()
+        green = green and _same(results, expected)
+    return {"green": green}
+
+
+def stream(place: Place, word: str, backend: str) -> Result:
+    """On another stream, behind work that takes long: a launch on the wrong one would not wait."""
+    if place.dry:
+        return {"left_out": "the CPU has no streams"}
+    call = _Call(place, word, backend)
+    expected = [x.clone() for x in call()]
+    kept = [x.detach().clone() for x in call.leaves]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        for leaf in call.leaves:
+            leaf.zero_()
+        # The right inputs come only after this, on this stream.
+        torch.cuda._sleep(200_000_000)
+        for leaf, value in zip(call.leaves, kept, strict=True):
+            leaf.copy_(value)
+    with torch.cuda.stream(side):
+        results = call()
+    side.synchronize()
+    return {"green": _same(results, expected)}
+
+
+def device(place: Place, word: str, backend: str) -> Result:
+    """On the second device while the first one is current."""
+    if place.dry or torch.cuda.device_count() < 2:
+        return {"left_out": "there is one device"}
+    first, second = (_Call(place, word, backend, f"cuda:{i}")() for i in range(2))
+    return {"green": _same([x.to("cuda:0") for x in second], first)}
+
+
+def large(place: Place, word: str, backend: str) -> Result:
+    """Behind more elements than an int32 can count."""
+    elements = 1 << 14 if place.dry else (1 << 31) + (1 << 20)
+    module = importlib.import_module(f"benchmarks.bench_{word}")
+    got, expected = module.large(backend, place.device, elements)
+    return {"green": torch.equal(got, expected), "elements": elements}
+
+
+def sanitizer(place: Place, word: str, backend: str) -> Result:
+    """A few gates under compute-sanitizer's memcheck, in a process of their own."""
+    tool = shutil.which("compute-sanitizer")
+    if place.dry or tool is None:
+        return {"left_out": "compute-sanitizer is not there"}
+    command = [
+        *(tool, "--tool", "memcheck", "--error-exitcode", "99", "--launch-timeout", "120"),
+        *(sys.executable, "-P", str(Path(__file__).parent), "--under-sanitizer", word, backend),
+    ]
+    # torch's allocator would hide where a tensor ends.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        return {"green": False, "detail": "still running after 240 s"}
+    return {"green": done.returncode == 0, "detail": done.stdout[-500:]}
+
+
+def under_sanitizer(word: str, backend: str) -> None:
+    """What :func:`sanitizer` starts."""
+    for case in testing.CASES[word][::6]:
+        testing.run_gate(case, torch.bfloat16, backend, device="cuda")
+
+
+CHECKS: dict[str, Check] = {
+    "repeats": repeats,
+    "compile": compiled,
+    "graph": graph,
+    "stream": stream,
+    "device": device,
+    "large": large,
+    "sanitizer": sanitizer,
+}

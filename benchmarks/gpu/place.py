@@ -1,0 +1,81 @@
+"""Where the units run: a GPU, or for a dry run the CPU, where GPU kernels are interpreted."""
+
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bertfast import testing
+from bertfast.backends import ON_GPU, TABLE, kernel
+
+from .. import kernels
+
+
+@dataclass(frozen=True)
+class Place:
+    """Attributes:
+    dry: whether only the way from gate to report is to be proved, on small inputs.
+    """
+
+    dry: bool
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def backends(self, word: str) -> list[str]:
+        """The GPU backends that run ``word`` here, in some dtype."""
+        return [
+            name
+            for name in TABLE[word]
+            if name in ON_GPU
+            and any(self.supports(word, name, dtype) for dtype in testing.precisions_of(word, name))
+        ]
+
+    def supports(self, word: str, backend: str, precision: str) -> bool:
+        x = torch.empty(1, 1, 64, device=self.device, dtype=kernels.precision(precision)[0])
+        return kernel(word, backend).supports(x) is None
+
+    def words(self) -> list[str]:
+        return [word for word in TABLE if self.backends(word)]
+
+    def refuse_if_impossible(self) -> None:
+        if not self.dry and not torch.cuda.is_available():
+            raise SystemExit("make gpu: this torch sees no GPU; DRY=1 proves the command without")
+        if not self.words():
+            raise SystemExit(
+                "make gpu: no GPU backend runs here; `bertfast env` says why (with DRY=1, "
+                "TRITON_INTERPRET=1 must be set)"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of the machine."""
+        import triton
+
+        about: dict[str, Any] = {
+            "dry": self.dry,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+        }
+        if not self.dry:
+            properties = torch.cuda.get_device_properties(0)
+            about |= {
+                "gpu": properties.name,
+                "gpus": torch.cuda.device_count(),
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "driver": _driver(),
+            }
+        return about
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.split()[0]

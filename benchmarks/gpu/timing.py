@@ -1,0 +1,159 @@
+"""Times on a GPU: CUDA events, a cold L2 cache, implementations in turns.
+
+The host is kept ahead of the device: each call is queued behind a wait, so that its launches are
+not what is timed. How long they take the host is timed apart (:func:`overhead`).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bertfast import testing
+
+from ..kernels import Subject
+from .place import Place
+
+Result = dict[str, Any]
+_WAIT_CYCLES = 2_000_000  # about a millisecond
+_FLUSHED = 1 << 28  # bytes, several times any L2 cache
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """One thing to time on a GPU.
+
+    Attributes:
+        subject, direction, dtype: as on the CPU; ``"training forward"`` keeps what backward needs.
+        work: ``bytes`` that must at least be read and written, or ``flops``.
+        target: the share of the measured ceiling that the best of our kernels is to reach.
+        tile: the name of the tile ``benchmarks/tune.py`` may choose for it, or "".
+    """
+
+    subject: Subject
+    direction: str
+    dtype: str
+    work: dict[str, int]
+    target: float | None = None
+    tile: str = ""
+    peers: tuple[str, ...] = ("eager", "compile")
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction} {self.subject.case.name} {self.dtype}"
+
+
+def in_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int = 30, warmup: int = 3
+) -> dict[str, float]:
+    """The median seconds of each call on the device."""
+    cold = torch.empty(_FLUSHED, dtype=torch.int8, device="cuda")
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_WAIT_CYCLES)
+            cold.zero_()
+            start.record()
+            call()
+            stop.record()
+            events[name].append((start, stop))
+        torch.cuda.synchronize()
+    return {
+        name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
+        for name, pairs in events.items()
+    }
+
+
+def bench(place: Place, word: str, entry: OnGpu) -> Result:
+    """Our backends and the peers in turns, those whose gate is green at this very size."""
+    subject, dtype = entry.subject, entry.dtype
+    gates = {}
+    for backend in place.backends(word):
+        if not place.supports(word, backend, dtype):
+            continue
+        try:
+            subject.run_gate(dtype, backend, place.device)
+            gates[backend] = ""
+        except AssertionError as error:
+            gates[backend] = str(error).splitlines()[0]
+    green = [backend for backend, failure in gates.items() if not failure]
+    calls = {
+        name: subject.call(name, entry.direction, dtype, place.device)
+        for name in (*green, *entry.peers)
+    }
+    result: Result = {
+        "green": bool(green) and len(green) == len(gates),
+        "red": {backend: failure for backend, failure in gates.items() if failure},
+        "dtype": dtype,
+        "direction": entry.direction,
+        "case": subject.case.name,
+        "work": entry.work,
+        "target": entry.target,
+    }
+    try:
+        if place.dry:
+            for call in calls.values():
+                call()
+        else:
+            result["seconds"] = in_turns(calls)
+    finally:
+        torch.compiler.reset()
+    return result
+
+
+def ceilings(place: Place) -> Result:
+    """What copying and a large product reach on this device, in this process."""
+    size, n = (1 << 16, 64) if place.dry else (1 << 29, 8192)
+    source = torch.randn(size, dtype=torch.bfloat16, device=place.device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=place.device) for _ in range(2))
+    calls = {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}
+    result: Result = {"green": True, "bytes": 2 * source.nbytes, "flops": 2 * n**3}
+    if place.dry:
+        for call in calls.values():
+            call()
+    else:
+        result["seconds"] = in_turns(calls)
+    return result
+
+
+def overhead(place: Place, word: str) -> Result:
+    """Host microseconds of a call on next to nothing, with and without gradients."""
+    case = next(c for c in testing.CASES[word] if c.name.startswith(("one_token", "odd")))
+    tensors = case.inputs(torch.float32, device=place.device)
+    result: Result = {"green": True}
+    for grad in (False, True):
+        leaves = {name: tensors[name].detach().requires_grad_(grad) for name in case.grads}
+        calls: dict[str, Callable[[], Any]] = {
+            name: lambda name=name, given={**tensors, **leaves}: case.op(given, name)
+            for name in place.backends(word)
+        }
+        calls["eager"] = lambda given={**tensors, **leaves}: case.eager(given)
+        with torch.set_grad_enabled(grad):
+            for name, call in calls.items():
+                key = f"{name} {'grad' if grad else 'inference'}"
+                result.setdefault("host_us", {})[key] = _host_time(call, place)
+    if place.dry:
+        del result["host_us"]
+    return result
+
+
+def _host_time(call: Callable[[], Any], place: Place) -> float:
+    rounds, each = (1, 1) if place.dry else (20, 50)
+    call()
+    times = []
+    for _ in range(rounds):
+        if not place.dry:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(each):
+            call()
+        times.append((time.perf_counter() - start) / each)
+    return round(statistics.median(times) * 1e6, 2)

@@ -1,0 +1,117 @@
+"""Finds the fastest tiles of the Triton kernels on this machine's GPU.
+
+    python -P benchmarks/tune.py [WORD...]        print what was found
+    python -P benchmarks/tune.py --write          put it into bertfast/kernels/triton/tuned.json
+
+Every candidate goes through its gate at the size that is timed before it is timed. Users never wait
+for this: the table comes with the package, and a GPU that is not in it gets the default.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE_FILE = ROOT / "bertfast" / "kernels" / "triton" / "tuned.json"
+
+
+def candidates(width: int, loops: bool) -> Iterator[dict[str, int]]:
+    """Tiles worth a try: 4 to 64 elements to a thread, at most 16384 in all."""
+    for rows in (1, 2, 4, 8, 16):
+        for warps in (1, 2, 4, 8, 16):
+            if not (rows * width <= 16384 and 4 <= rows * width // (32 * warps) <= 64):
+                continue
+            if not loops:
+                yield {"rows": rows, "warps": warps}
+                continue
+            for per_processor in (2, 4, 8):
+                if per_processor * warps <= 48:
+                    for stages in (1, 2):
+                        yield {
+                            "rows": rows,
+                            "warps": warps,
+                            "per_processor": per_processor,
+                            "stages": stages,
+                        }
+
+
+def tune(word: str, entry: Any, table: dict[str, Any], done: set[tuple[str, str]]) -> None:
+    """Put the fastest tile for one benchmark into ``table``, which the launchers read."""
+    from benchmarks.gpu.timing import in_turns
+    from bertfast import testing
+    from bertfast.kernels import triton
+
+    module = importlib.import_module(f"bertfast.kernels.triton.{word}")
+    case, dtype = entry.subject.case, _dtype(entry)
+    columns = case.inputs(dtype)[case.grads[0]].shape[-1]
+    choose = getattr(module, f"{entry.tile.removeprefix(word + '_')}_tile", None)
+    choose = choose or module.forward_tile
+    device = triton.torch.device("cuda", 0)
+    default = choose(columns, device)
+    tiles = table.setdefault(triton.architecture(device), {}).setdefault(entry.tile, {})
+    key, before = str(default.columns), tiles_of(default)
+    if (entry.tile, key) in done:
+        return
+    done.add((entry.tile, key))
+    found: list[tuple[float, dict[str, int]]] = []
+    for tile in [before, *candidates(default.columns, loops="backward" in entry.tile)]:
+        tiles[key] = tile
+        try:
+            testing.run_gate(case, dtype, "triton", device="cuda")
+        except Exception as error:
+            print(f"  {tile}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            continue
+        call = entry.subject.call("triton", entry.direction, entry.dtype, "cuda")
+        seconds = in_turns({"this": call}, rounds=15)["this"]
+        found.append((seconds, tile))
+        print(f"  {tile}: {seconds * 1e6:.1f} µs", flush=True)
+    testing._expected.cache_clear()
+    best, tile = min(found, key=lambda pair: pair[0])
+    tiles[key] = tile
+    print(f"{entry.tile} {key}: {tile}, {best * 1e6:.1f} µs, was {found[0][0] * 1e6:.1f}")
+
+
+def tiles_of(tile: Any) -> dict[str, int]:
+    """A tile as the table writes it."""
+    return {name: value for name, value in asdict(tile).items() if name != "columns"}
+
+
+def _dtype(entry: Any) -> Any:
+    from benchmarks.kernels import precision
+
+    return precision(entry.dtype)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    # Last, so that this folder's bertfast does not stand in for an installed one.
+    sys.path.append(str(ROOT))
+    from benchmarks.gpu.place import Place
+
+    place = Place(dry=False)
+    place.refuse_if_impossible()
+    from bertfast.kernels import triton
+
+    table, done = triton._tuned(), set[tuple[str, str]]()
+    for word in arguments.words or place.words():
+        for entry in importlib.import_module(f"benchmarks.bench_{word}").on_gpu(dry=False):
+            if entry.tile and "triton" in place.backends(word):
+                print(f"{word} {entry.name}")
+                tune(word, entry, table, done)
+    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+    if arguments.write:
+        TABLE_FILE.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

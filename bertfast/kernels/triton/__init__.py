@@ -1,0 +1,148 @@
+"""Triton kernels and their launchers, for CUDA tensors, compiled at their first use.
+
+Nothing here imports triton, which may not be installed: the words' modules do, and
+:mod:`bertfast.backends` imports them only where :data:`missing` is None. With
+``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter on CPU tensors, which is for tests.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# As triton itself reads it, once, when a kernel is defined.
+interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
+
+# The longest row: its sums must fit the int32 offsets inside a tile, and BERT is far below.
+MOST_COLUMNS = 65536
+# What one program takes of a row at a time; longer rows are taken in pieces.
+WIDEST_BLOCK = 8192
+
+
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.cuda is None and not interpreted:
+        return "this torch was built without CUDA"
+    return None
+
+
+# Why no kernel here can run at all, or None.
+missing = _missing()
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take ``x``, or None."""
+    if interpreted:
+        if not x.is_cpu:
+            return f"the input is on {x.device}; Triton's interpreter takes CPU tensors"
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter computes torch.bfloat16 wrongly"
+    elif not x.is_cuda:
+        return f"the input is on {x.device}, not on a CUDA device"
+    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
+    elif torch.cuda.get_device_properties(x.device.index).major < 8:
+        return f"{x.device} has a compute capability below 8.0"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the input is {x.dtype}; it takes torch.float32, torch.bfloat16 and torch.float16"
+    return None
+
+
+def unsupported_rows(x: Tensor) -> str | None:
+    """The same, where a row is normalised."""
+    if x.dim() and x.shape[-1] > MOST_COLUMNS:
+        return f"the input's rows have {x.shape[-1]} columns; it takes up to {MOST_COLUMNS}"
+    return unsupported(x)
+
+
+@functools.cache
+def _properties(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"`` and the like; ``""`` of a CPU, where kernels are only interpreted or compiled."""
+    return _properties(device.index)[0] if device.type == "cuda" else ""
+
+
+def programs_for(device: torch.device, per_processor: int, tiles: int, pieces: int = 1) -> int:
+    """How many programs share out a sum over ``tiles``, for each of ``pieces`` of the columns. One
+    device always takes as many, so that its results are the same bits every time."""
+    # The interpreter's few are still more than are summed at a time.
+    processors = _properties(device.index)[1] if device.type == "cuda" else 9
+    return max(1, min(processors * per_processor // max(pieces, 1), tiles))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device and stream, so ``x``'s device is made current."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` as kernels read it: contiguous, and without the sign torch may keep as a mere flag."""
+    return x.resolve_neg().contiguous() if x.is_neg() else x.contiguous()
+
+
+def dense_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else dense(x)
+
+
+def signed(word: int) -> int:
+    """A 32-bit word as an int32, so that Triton types all of them alike."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on at a time.
+
+    Attributes:
+        rows, columns: of the tile; powers of two, columns at least the dropout mask's 8.
+        warps: that share it.
+        per_processor: programs per multiprocessor, where programs loop over tiles.
+        stages: how many tiles ahead such a loop loads; 1 leaves it to the other programs.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    per_processor: int = 4
+    stages: int = 1
+
+
+def tile(
+    kernel: str, columns: int, device: torch.device, *, elements: int, widest: int, per_thread: int
+) -> Tile:
+    """The tile that ``kernel`` uses on rows of ``columns``.
+
+    From the measured table (``tuned.json``, written by ``benchmarks/tune.py``) where it knows the
+    device's architecture and the kernel, else of about ``elements``, ``per_thread`` to a thread.
+    """
+    width = min(max(power_of_two(columns), 8), widest)
+    known = _tuned().get(architecture(device), {}).get(kernel, {}).get(str(width))
+    if known is not None:
+        return Tile(columns=width, **known)
+    # Offsets inside a tile are int32, so very long rows come one by one.
+    rows = max(1, min(elements // width, 64)) if columns <= MOST_COLUMNS else 1
+    return Tile(rows, width, max(1, min(rows * width // (32 * per_thread), 16)))
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("tuned.json").read_text())
+    return table

@@ -1,0 +1,49 @@
+"""The one dropout mask in Triton; :mod:`bertfast.ops.dropout` is its definition."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7 on uint32 counters and keys: four uint32 words."""
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_rows(seed, site, threshold, rows, first_column, COLUMNS: tl.constexpr):
+    """True where a row-wise op keeps an element.
+
+    Args:
+        seed: pointer to the int64 seed.
+        site, threshold: as the op has them.
+        rows: int64 ``(ROWS,)``, the numbers of the rows.
+        first_column: a multiple of 8.
+
+    Returns:
+        int1 ``(ROWS, COLUMNS)``.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    GROUPS: tl.constexpr = COLUMNS // 8
+    key = tl.load(seed)
+    group = (first_column // 8 + tl.arange(0, GROUPS)).to(tl.uint32)
+    row = rows[:, None]
+    nothing = tl.zeros((ROWS, GROUPS), tl.uint32)
+    w0, w1, w2, w3 = philox(
+        group[None, :] + nothing,
+        row.to(tl.uint32) + nothing,
+        (row >> 32).to(tl.uint32) + nothing,
+        nothing + site.to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
+    )
+    # Words in order along the last two dimensions, then their halves: eight lanes of one thread.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(lanes, (ROWS, COLUMNS)) >= threshold.to(tl.uint32)

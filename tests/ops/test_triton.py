@@ -1,0 +1,261 @@
+"""What holds for every Triton kernel; here they run in Triton's interpreter, on CPU tensors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bertfast
+from bertfast import ops, testing
+from bertfast.backends import TABLE, _Missing, kernel
+from bertfast.errors import BackendError
+from bertfast.kernels import triton
+from bertfast.ops.dropout import keep_mask
+
+WORDS = [word for word, names in TABLE.items() if "triton" in names]
+SEEDS, SITES = (0, -1, testing.SEED), (0, 7, 0xFFFFFFFF)
+
+
+def test_the_interpreter_runs():
+    assert triton.missing is None
+    assert triton.interpreted
+
+
+# One case of each word that launches each of its kernels.
+SMALL = {
+    "layernorm": testing.layernorm_case(37, 101, name="small", dropout_p=0.1),
+    "gelu": testing.gelu_case(37, 101, name="small"),
+    "embedding": testing.embedding_case(100, 24, name="small", dropout_p=0.1, vocabulary=3),
+    "dropout": testing.dropout_case(37, 101, name="small"),
+}
+
+
+def run(case, backend="triton", dtype=torch.float32):
+    given = case.inputs(dtype)
+    leaves = {name: given[name].detach().requires_grad_() for name in case.grads}
+    out = case.op({**given, **leaves}, backend)
+    dout = testing.upstream_gradient(out, case.upstream)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout)]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_dispatches_no_torch_arithmetic(word):
+    case = SMALL[word]
+    given = case.inputs(torch.float32)
+    leaves = {name: given[name].detach().requires_grad_() for name in case.grads}
+    dout = torch.randn_like(case.op({**given, **leaves}, "triton"))
+    # The interpreter copies its arguments by set_.
+    allowed = ["set_"]
+    if word == "embedding":
+        # What looks whether ids are in range, before the kernel, and the sort of the ids after it.
+        allowed += ["aminmax", "lt", "ge", "bitwise_or", "any", "_local_scalar_dense", "sort"]
+    with testing.KernelOnly(*allowed) as seen:
+        out = case.op({**given, **leaves}, "triton")
+        torch.autograd.grad(out, list(leaves.values()), dout)
+    assert "empty_like" in seen.seen or "empty" in seen.seen
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_same_bits_every_time(word):
+    first = run(SMALL[word])
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(SMALL[word]), strict=True))
+
+
+@pytest.mark.parametrize("columns", [1, 8, 33, 768, 1030])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masks_are_the_reference_masks(columns, dtype):
+    """Bit for bit, in every op that drops: ones tell kept from dropped."""
+    x = torch.ones(50, columns, dtype=dtype)
+    weight, bias = torch.zeros(columns, dtype=dtype), torch.ones(columns, dtype=dtype)
+    ids, table = torch.zeros(50, dtype=torch.int64), torch.ones(1, columns, dtype=dtype)
+    for seed in map(testing.seed_tensor, SEEDS):
+        for site in SITES:
+
+            def masks(backend, seed=seed, site=site):
+                norm = (x, weight, bias, None, seed, 1e-12, 20000, site, True)
+                lookup = (ids, None, ids, table, None, table, weight, bias, seed, 1e-12, 20000)
+                return (
+                    kernel("dropout", backend).forward(x, seed, 20000, site),
+                    kernel("layernorm", backend).forward(*norm)[1],
+                    kernel("embedding", backend).forward(*lookup, site, dtype)[0],
+                )
+
+            for got, expected in zip(masks("triton"), masks("reference"), strict=True):
+                assert torch.equal(got != 0, expected != 0)
+                if columns > 8:
+                    assert 0.2 < (got != 0).double().mean() < 0.9
+
+
+def test_the_mask_of_rows_beyond_two_to_the_32(monkeypatch):
+    """The row's high word counts; a launch cannot have so many rows here, so the first is moved."""
+    word = kernel("dropout", "triton")
+    columns, first, seed = 24, (1 << 32) + 5, testing.seed_tensor()
+    keep_rows = word.keep_rows
+
+    def moved(seed, site, threshold, rows, *rest):
+        return keep_rows(seed, site, threshold, rows + first, *rest)
+
+    monkeypatch.setattr(word, "keep_rows", moved)
+    got = word.forward(torch.ones(4, columns), seed, 20000, 3)
+    rows = first + torch.arange(4)
+    assert torch.equal(got != 0, keep_mask(seed, 3, rows, columns, 20000))
+
+
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 511, 513, 1025]))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_shape_and_layout(data):
+    # Not 2 columns, whose norm is +-1 whatever is in them: a gradient of 0 has no error to compare.
+    rows, columns = data.draw(st.integers(0, 9)), data.draw(sizes.filter(lambda n: n != 2))
+    layout = data.draw(st.sampled_from(["contiguous", "sliced", "transposed"]))
+    upstream = data.draw(st.sampled_from(["contiguous", "sliced", "transposed", "expanded"]))
+    p = data.draw(st.sampled_from([0.0, 0.1, 1.0]))
+    some = data.draw(st.booleans())
+    word = data.draw(st.sampled_from(WORDS))
+    if word == "layernorm":
+        case = testing.layernorm_case(
+            rows, columns, name="any", dropout_p=p, layout=layout, upstream=upstream, residual=some
+        )
+    elif word == "gelu":
+        case = testing.gelu_case(
+            rows, columns, name="any", layout=layout, upstream=upstream, bias=some
+        )
+    elif word == "dropout":
+        case = testing.dropout_case(rows, columns, name="any", p=p or 0.5, layout=layout)
+    else:
+        case = testing.embedding_case(
+            rows, columns, name="any", dropout_p=p, token_types=some, upstream=upstream,
+            vocabulary=data.draw(st.sampled_from([1, 2, 40])),
+            ids=data.draw(st.sampled_from([torch.int64, torch.int32])),
+            storage=data.draw(st.sampled_from([0, 3, 50])),
+        )  # fmt: skip
+    testing.run_gate(case, data.draw(st.sampled_from([torch.float32, torch.float16])), "triton")
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_ids_of_any_value_stay_in_bounds(data):
+    """Past the op's checks: an id that is no row reads zeros and gets no gradient."""
+    tokens, columns = data.draw(st.sampled_from([0, 1, 9, 40])), data.draw(st.sampled_from([1, 24]))
+    values = st.one_of(st.integers(-3, 12), st.sampled_from([-(2**63), 2**63 - 1, 2**31, 2**40]))
+    rows = [data.draw(st.integers(1, 10)) for _ in range(3)]
+    ids = [
+        torch.tensor(data.draw(st.lists(values, min_size=tokens, max_size=tokens))).long()
+        for _ in range(3)
+    ]
+    # Rows of NaN around each table: whoever reads outside of it shows.
+    around = [torch.full((n + 6, columns), float("nan")) for n in rows]
+    tables = [buffer[3:-3].normal_() for buffer in around]
+    weight, bias, dout = torch.randn(columns), torch.randn(columns), torch.randn(tokens, columns)
+    seed = testing.seed_tensor()
+    # The same with ids in range: a row of zeros behind each table stands for those that are not.
+    inside = [torch.where((i >= 0) & (i < n), i, n) for i, n in zip(ids, rows, strict=True)]
+    extended = [torch.cat((table, torch.zeros(1, columns))) for table in tables]
+    options = (1e-3, 6554, 3, torch.float32)
+
+    def both(backend, ids, tables):
+        module = kernel("embedding", backend)
+        out, saved = module.forward(*ids, *tables, weight, bias, seed, *options)
+        grads = module.backward(dout, *ids, *tables, weight, bias, saved, seed, 0, 6554, 3)
+        return [out, *grads]
+
+    got, expected = both("triton", ids, tables), both("reference", inside, extended)
+    for i, (one, other) in enumerate(zip(got, expected, strict=True)):
+        other = other[:-1] if 1 <= i <= 3 else other
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_it_does_not_take():
+    x = torch.ones(2, 4)
+    takes = kernel("gelu", "triton").supports
+    assert takes(x) is None
+    assert "takes torch.float32, torch.bfloat16 and torch.float16" in takes(x.double())
+    assert "computes torch.bfloat16 wrongly" in takes(x.bfloat16())
+    assert "takes CPU tensors" in takes(x.to("meta"))
+    wide = torch.ones(1, 65537)
+    assert takes(wide) is None
+    assert "65537 columns; it takes up to 65536" in kernel("layernorm", "triton").supports(wide)
+    assert "65537 columns" in kernel("embedding", "triton").supports(wide)
+    with pytest.raises(BackendError, match=r"'triton' cannot run: .* up to 65536"):
+        ops.layernorm(wide, wide[0], wide[0], backend="triton")
+
+
+def test_on_a_gpu_it_takes_cuda_tensors(monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", False)
+    assert "not on a CUDA device" in triton.unsupported(torch.ones(2))
+
+    class Cuda:
+        is_cuda, is_cpu, dtype = True, False, torch.bfloat16
+        device = torch.device("cuda", 0)
+
+    class Properties:
+        major = 9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    assert triton.unsupported(Cuda()) is None
+    Properties.major = 7
+    assert "compute capability below 8.0" in triton.unsupported(Cuda())
+
+
+def test_nothing_is_interpreted_unasked():
+    for dtype in (torch.float32, torch.float16):
+        for row in bertfast.explain("cpu", dtype):
+            assert row.backend != "triton"
+            if row.op in WORDS and dtype == torch.float16:
+                assert "asked for by name" in row.passed_over["triton"]
+    with bertfast.backend("triton"):
+        assert {row.op for row in bertfast.explain("cpu") if row.backend == "triton"} == {*WORDS}
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert triton._missing() == "triton is not installed"
+    assert _Missing("triton is not installed").supports(torch.ones(2)) == "triton is not installed"
+    monkeypatch.undo()
+    monkeypatch.setattr(triton, "interpreted", False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert triton._missing() == "this torch was built without CUDA"
+
+
+def tile(columns):
+    return triton.tile(
+        "a_kernel", columns, torch.device("cpu"), elements=4096, widest=8192, per_thread=32
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 768, 1024, 4999, 8192, 8193, 65536])
+def test_tiles_cover_rows(columns):
+    t = tile(columns)
+    for number in (t.rows, t.columns, t.warps):
+        assert number & (number - 1) == 0
+    assert t.columns >= 8
+    assert t.columns >= min(columns, 8192)
+    assert t.rows * t.columns <= max(4096, t.columns)
+    assert t.warps <= 16
+
+
+def test_a_measured_tile_comes_first(monkeypatch):
+    measured = {"": {"a_kernel": {"1024": {"rows": 2, "warps": 8, "stages": 3}}}}
+    monkeypatch.setattr(triton, "_tuned", lambda: measured)
+    assert tile(768) == triton.Tile(2, 1024, 8, stages=3)
+    assert tile(512).columns == 512
+
+
+def test_the_measured_table_is_there():
+    assert isinstance(triton._tuned(), dict)
+
+
+def test_very_long_rows_come_one_by_one():
+    """So that offsets inside a tile fit int32."""
+    t = triton.tile(
+        "a_kernel", 1 << 30, torch.device("cpu"), elements=4096, widest=1024, per_thread=32
+    )
+    assert t.rows == 1
+
+
+def test_sites_are_32_bit_words_of_one_type():
+    assert triton.signed(7) == 7
+    assert triton.signed(0xFFFFFFFF) == -1

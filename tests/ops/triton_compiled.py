@@ -1,0 +1,169 @@
+"""Compiles every Triton kernel ahead of time, no GPU needed, and says what the compiler made of it.
+
+    TRITON_INTERPRET=0 python triton_compiled.py ARCH...       print the table of sm_ARCH as JSON
+    TRITON_INTERPRET=0 python triton_compiled.py ARCH... --write   write it to triton_compiled.json
+
+The launchers themselves run, on CPU tensors, with a driver that says there is a GPU and a launch
+that only compiles: so what is looked at is what a user would run, tile sizes and pointer alignment
+included. ``test_triton_compiled.py`` holds the table to the committed one.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import bertfast.kernels.triton
+from bertfast import testing
+from bertfast.backends import kernel, load_kernels
+
+TABLE_FILE = Path(__file__).with_suffix(".json")
+ARCHITECTURES = ("80", "90", "100")
+DTYPES = ("float32", "bfloat16", "float16")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+Report = dict[str, Any]
+
+
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiling(launches: list[Any]) -> Callable[..., Any]:
+    """What stands in for a launch: it compiles, and keeps what it compiled."""
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        launches.append(run(self, *arguments, grid=grid, warmup=True, **options))
+        return launches[-1]
+
+    return compile_only
+
+
+def report(compiled: Any) -> Report:
+    """Registers and stack of a thread, shared memory of a block, widths of global accesses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    widths: dict[str, int] = {}
+    access = r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)"
+    for vector, bits in re.findall(access, compiled.asm["ptx"]):
+        width = str(int(vector or 1) * int(bits) // 8)
+        widths[width] = widths.get(width, 0) + 1
+    return {
+        "warps": compiled.metadata.num_warps,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": compiled.metadata.shared,
+        "global_access_bytes": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
+    }
+
+
+# Sizes of BERT-base and -large, and rows that no tile holds. Kernels do not depend on the number of
+# rows.
+def cases() -> Iterator[testing.Case]:
+    for columns in (768, 1024):
+        yield testing.layernorm_case(64, columns, name=str(columns), dropout_p=0.1)
+        yield testing.embedding_case(64, columns, name=str(columns), dropout_p=0.1)
+    yield testing.layernorm_case(64, 768, name="768 plain", residual=False)
+    yield testing.layernorm_case(64, 4096, name="4096", dropout_p=0.1)
+    yield testing.layernorm_case(64, 8192, name="8192", dropout_p=0.1)
+    yield testing.layernorm_case(8, 16384, name="16384", dropout_p=0.1)
+    yield testing.embedding_case(8, 16384, name="16384", dropout_p=0.1)
+    for approximate in ("none", "tanh"):
+        yield testing.gelu_case(64, 3072, name=f"3072 {approximate}", approximate=approximate)
+    yield testing.gelu_case(64, 3072, name="3072 no bias", bias=False)
+    yield testing.dropout_case(64, 768, name="768")
+    # Rows that start anywhere: no access can be 16 bytes wide.
+    yield testing.gelu_case(64, 767, name="767")
+
+
+def launch(case: testing.Case, dtype: torch.dtype) -> None:
+    """The launchers, forward and backward, that the op calls; their results are of no interest."""
+    tensors = case.inputs(dtype)
+    for name in case.grads:
+        tensors[name].requires_grad_()
+
+    def supports(x: Tensor) -> None:
+        return None
+
+    module = kernel(case.word, "triton")
+    before, module.supports = module.supports, supports
+    try:
+        out = case.op(tensors, "triton")
+        torch.autograd.grad(out, [tensors[name] for name in case.grads], torch.ones_like(out))
+    finally:
+        module.supports = before
+
+
+def table(architecture: str) -> dict[str, Report]:
+    """``{"word case kernel dtype": report}`` of every kernel for one architecture."""
+    driver.set_active(NoGpu(int(architecture)))
+    launches: list[Any] = []
+    run, JITFunction.run = JITFunction.run, compiling(launches)
+    rows = {}
+    try:
+        for case in cases():
+            for dtype in DTYPES:
+                launches.clear()
+                launch(case, getattr(torch, dtype))
+                for compiled in launches:
+                    name = f"{case.word} {case.name} {compiled.metadata.name} {dtype}"
+                    rows[name] = report(compiled)
+    finally:
+        JITFunction.run = run
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    # A torch without CUDA will do, as nothing is launched.
+    bertfast.kernels.triton.missing = None
+    load_kernels()
+    made = {f"sm_{name}": table(name) for name in arguments.architectures}
+    if arguments.write:
+        lines = ",\n".join(
+            f' "{architecture}": {{\n'
+            + ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows.items())
+            + "\n }"
+            for architecture, rows in made.items()
+        )
+        about = json.dumps(triton.__version__)
+        TABLE_FILE.write_text(f'{{\n "triton": {about},\n{lines}\n}}\n')
+    else:
+        print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

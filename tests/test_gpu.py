@@ -1,0 +1,176 @@
+"""`make gpu`, as far as it goes without a GPU: its report, its memory, what a red gate does."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Last on the path, so that the source tree's bertfast does not stand in for the installed one.
+sys.path.append(str(ROOT))
+checks, main, report, store, units = (
+    importlib.import_module(f"benchmarks.gpu.{name}")
+    for name in ("checks", "__main__", "report", "store", "units")
+)
+Place = importlib.import_module("benchmarks.gpu.place").Place
+
+
+@pytest.fixture
+def data():
+    """A run on a GPU, as it would be kept: one op green, one with a red check."""
+    green = {"green": True, "comparisons": 3, "worst": 0.5, "worst_at": "x", "failures": []}
+    bench = {"green": True, "dtype": "bfloat16", "work": {"bytes": 10**9}, "target": 0.8}
+    seconds = {"triton": 1e-3, "eager": 4e-3, "compile": 2e-3}
+    about = {
+        "dry": False, "gpu": "Some GPU", "multiprocessors": 132, "memory_gib": 140.0,
+        "driver": "1", "torch": "2", "triton": "3", "cuda": "13",
+    }  # fmt: skip
+    return {
+        "fingerprint": "f",
+        "about": about,
+        "results": {
+            "gates/gelu/triton/bfloat16": dict(green),
+            "checks/gelu/triton/graph": {"green": True},
+            "checks/gelu/triton/device": {"left_out": "there is one device"},
+            "gates/dropout/triton/bfloat16": dict(green),
+            "checks/dropout/triton/stream": {"green": False},
+            "bench/ceilings": {
+                "green": True,
+                "bytes": 10**9,
+                "flops": 10**12,
+                "seconds": {"copy": 0.8e-3, "gemm": 1e-3},
+            },
+            "bench/gelu/forward x": {**bench, "seconds": dict(seconds)},
+            "bench/dropout/forward x": {**bench, "seconds": dict(seconds)},
+            "bench/gelu/overhead": {"green": True, "host_us": {"triton grad": 20.0}},
+            "bench/embedding/forward x": {**bench, "seconds": dict(seconds)},
+        },
+    }
+
+
+def test_the_report(data):
+    shown = report.markdown(report.publish(data))
+    line = "| gelu | forward x | triton | 1000.0 µs | 1.00 TB/s | 80% | 80% | yes | eager 4.00×, "
+    assert line + "compile 2.00× |" in shown
+    assert "driver 1, torch 2, Triton 3" in shown
+    assert "device (there is one device)" in shown
+    assert "| gelu | triton grad | 20.0 µs |" in shown
+
+
+def test_a_missed_target_is_said(data):
+    data["results"]["bench/gelu/forward x"]["target"] = 0.9
+    assert "| 80% | 90% | **no** |" in report.markdown(report.publish(data))
+
+
+def test_a_red_gate_hides_its_speed(data):
+    published = report.publish(data)
+    assert "triton" not in published["results"]["bench/dropout/forward x"]["seconds"]
+    shown = report.markdown(published)
+    assert "| dropout | forward x | triton | hidden: checks stream |" in shown
+    assert "**red**: checks stream" in shown
+    assert "| embedding | forward x | triton | hidden: its gates did not run |" in shown
+    data["results"]["gates/gelu/triton/float32"] = {"green": False, "failures": ["x"]}
+    published = report.publish(data)
+    assert "triton" not in published["results"]["bench/gelu/forward x"]["seconds"]
+    assert "host_us" not in json.dumps(published["results"]["bench/gelu/overhead"]["host_us"])
+    assert published["results"]["bench/gelu/overhead"]["host_us"] == {}
+    # What was kept is not touched.
+    assert data["results"]["bench/gelu/forward x"]["seconds"]["triton"] == 1e-3
+
+
+def test_failures_are_named(data):
+    assert report.failures(data["results"]) == ["checks/dropout/triton/stream: red"]
+
+
+def test_a_gate_at_the_timed_size_counts(data):
+    """The kernel was not even timed."""
+    row = data["results"]["bench/gelu/forward x"]
+    row.update(green=False, red={"triton": "too large an error"})
+    del row["seconds"]["triton"]
+    assert "| hidden: too large an error |" in report.markdown(report.publish(data))
+
+
+def test_results_are_kept_for_the_same_sources_and_machine_only(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    store.Store(path, {"gpu": "a"}).put("gates/x", {"green": True})
+    assert store.Store(path, {"gpu": "a"}).results == {"gates/x": {"green": True}}
+    assert store.Store(path, {"gpu": "b"}).results == {}
+    assert store.Store(path, {"gpu": "a"}, fresh=True).results == {}
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    (tmp_path / "bertfast").mkdir()
+    before = store.fingerprint({})
+    (tmp_path / "bertfast" / "new.py").write_text("")
+    assert store.fingerprint({}) != before
+
+
+def test_every_op_with_a_gpu_kernel_is_in_it():
+    place = Place(dry=True)
+    words = place.words()
+    assert {"layernorm", "gelu", "embedding", "dropout"} <= set(words)
+    keys = [unit.key for unit in units.all_units(place, words)]
+    assert len(keys) == len(set(keys))
+    for word in words:
+        for backend in place.backends(word):
+            assert f"gates/{word}/{backend}/float32" in keys
+            for check in checks.CHECKS:
+                assert f"checks/{word}/{backend}/{check}" in keys
+        assert any(key.startswith(f"bench/{word}/") for key in keys)
+        for entry in units.benchmark_of(word).on_gpu(dry=False):
+            assert entry.work
+    assert [key.split("/")[0] for key in keys] == sorted(
+        (key.split("/")[0] for key in keys), key=units.PARTS.index
+    )
+
+
+def test_a_unit_that_breaks_is_red_and_the_next_one_runs(tmp_path, capsys):
+    kept = store.Store(tmp_path / "gpu.json", {})
+
+    def breaks():
+        raise ValueError("no")
+
+    unit = units.Unit("gates", "gelu", "triton", "float32", breaks)
+    assert main.run(unit, kept, checks) is False
+    assert kept.results[unit.key] == {"green": False, "error": "ValueError: no"}
+    capsys.readouterr()
+    assert checks.is_sticky(RuntimeError("CUDA error: an illegal memory access"))
+
+
+def make_gpu(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu"), *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_dry_run_goes_on_where_it_ended():
+    part = ("--dry", "--words", "dropout", "--part", "gates")
+    first = make_gpu(*part, "--fresh", "--minutes", "0")
+    assert first.returncode == main.INCOMPLETE
+    assert "units are left: run the same command again" in first.stdout
+    second = make_gpu(*part)
+    assert second.returncode == 0, second.stdout
+    assert "gates/dropout/triton/float32 ... green" in second.stdout
+    third = make_gpu(*part)
+    assert third.returncode == 0
+    assert "green" not in third.stdout, "all of it is kept"
+    written = (ROOT / "build" / "gpu-dry-report.md").read_text()
+    assert "says nothing about any GPU" in written
+    assert "µs" not in written
+
+
+def test_what_cannot_run_says_so():
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "this torch sees no GPU" in make_gpu().stdout
+    done = make_gpu("--dry", TRITON_INTERPRET="0")
+    if torch.version.cuda is None:
+        assert "TRITON_INTERPRET=1 must be set" in done.stdout
+    assert "no GPU kernel of gleu" in make_gpu("--dry", "--words", "gleu").stdout
