@@ -11,10 +11,12 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE_FILE = ROOT / "bertfast" / "kernels" / "triton" / "tuned.json"
@@ -40,20 +42,33 @@ def candidates(width: int, loops: bool) -> Iterator[dict[str, int]]:
                         }
 
 
-def tune(word: str, entry: Any, table: dict[str, Any], done: set[tuple[str, str]]) -> None:
-    """Put the fastest tile for one benchmark into ``table``, which the launchers read."""
-    from benchmarks.gpu.timing import in_turns
+def tune(
+    word: str,
+    entry: Any,
+    table: dict[str, Any],
+    done: set[tuple[str, str]],
+    *,
+    device: str,
+    measure: Callable[[Callable[[], Any]], float],
+) -> None:
+    """Put the fastest tile for one benchmark into ``table``, which the launchers read.
+
+    Args:
+        done: tiles that need no more tuning; this one is added.
+        measure: gives a call's seconds.
+    """
+    from benchmarks.kernels import precision
     from bertfast import testing
     from bertfast.kernels import triton
 
     module = importlib.import_module(f"bertfast.kernels.triton.{word}")
-    case, dtype = entry.subject.case, _dtype(entry)
+    case, (dtype, _) = entry.subject.case, precision(entry.dtype)
     columns = case.inputs(dtype)[case.grads[0]].shape[-1]
     choose = getattr(module, f"{entry.tile.removeprefix(word + '_')}_tile", None)
     choose = choose or module.forward_tile
-    device = triton.torch.device("cuda", 0)
-    default = choose(columns, device)
-    tiles = table.setdefault(triton.architecture(device), {}).setdefault(entry.tile, {})
+    where = torch.device(device)
+    default = choose(columns, where)
+    tiles = table.setdefault(triton.architecture(where), {}).setdefault(entry.tile, {})
     key, before = str(default.columns), tiles_of(default)
     if (entry.tile, key) in done:
         return
@@ -62,12 +77,11 @@ def tune(word: str, entry: Any, table: dict[str, Any], done: set[tuple[str, str]
     for tile in [before, *candidates(default.columns, loops="backward" in entry.tile)]:
         tiles[key] = tile
         try:
-            testing.run_gate(case, dtype, "triton", device="cuda")
+            testing.run_gate(case, dtype, "triton", device=device)
         except Exception as error:
             print(f"  {tile}: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
             continue
-        call = entry.subject.call("triton", entry.direction, entry.dtype, "cuda")
-        seconds = in_turns({"this": call}, rounds=15)["this"]
+        seconds = measure(entry.subject.call("triton", entry.direction, entry.dtype, device))
         found.append((seconds, tile))
         print(f"  {tile}: {seconds * 1e6:.1f} µs", flush=True)
     testing._expected.cache_clear()
@@ -81,12 +95,6 @@ def tiles_of(tile: Any) -> dict[str, int]:
     return {name: value for name, value in asdict(tile).items() if name != "columns"}
 
 
-def _dtype(entry: Any) -> Any:
-    from benchmarks.kernels import precision
-
-    return precision(entry.dtype)[0]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("words", nargs="*")
@@ -95,6 +103,10 @@ def main() -> None:
     # Last, so that this folder's bertfast does not stand in for an installed one.
     sys.path.append(str(ROOT))
     from benchmarks.gpu.place import Place
+    from benchmarks.gpu.timing import in_turns
+
+    def measure(call: Callable[[], Any]) -> float:
+        return in_turns({"this": call}, rounds=15)["this"]
 
     place = Place(dry=False)
     place.refuse_if_impossible()
@@ -105,7 +117,7 @@ def main() -> None:
         for entry in importlib.import_module(f"benchmarks.bench_{word}").on_gpu(dry=False):
             if entry.tile and "triton" in place.backends(word):
                 print(f"{word} {entry.name}")
-                tune(word, entry, table, done)
+                tune(word, entry, table, done, device="cuda:0", measure=measure)
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     if arguments.write:
         TABLE_FILE.write_text(text)

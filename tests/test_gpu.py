@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 # Last on the path, so that the source tree's bertfast does not stand in for the installed one.
@@ -165,8 +166,83 @@ def test_a_dry_run_goes_on_where_it_ended():
     assert "µs" not in written
 
 
+class Event:
+    """A CUDA event on a device whose clock only calls move."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = Event.now
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_times_are_medians_of_turns(monkeypatch):
+    """With a stand-in for the device: what is between the events counts, in turns, cold."""
+    timing = importlib.import_module("benchmarks.gpu.timing")
+    order, empty = [], torch.empty
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", lambda cycles: order.append("wait"))
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: order.append("end"))
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, device, **k: empty(8, **k))
+
+    def call(name, seconds):
+        def run():
+            order.append(name)
+            Event.now += seconds
+
+        return run
+
+    times = timing.in_turns({"a": call("a", 1.0), "b": call("b", 3.0)}, rounds=3, warmup=1)
+    assert times == {"a": 1.0, "b": 3.0}
+    assert order == ["a", "b", *["wait", "a", "wait", "b", "end"] * 3]
+
+
+def test_tuning_keeps_the_fastest_tile_whose_gate_is_green(monkeypatch, capsys):
+    tune = importlib.import_module("benchmarks.tune")
+    triton = importlib.import_module("bertfast.kernels.triton")
+    table, done = {}, set()
+    monkeypatch.setattr(triton, "_tuned", lambda: table)
+    bench = importlib.import_module("benchmarks.bench_dropout")
+    (entry,) = bench.on_gpu(dry=True)
+    seen = []
+
+    def measure(call):
+        call()
+        tile = table[""]["dropout"]["1024"]
+        seen.append(tile)
+        return abs(tile["rows"] - 4) + tile["warps"] / 100
+
+    def gate(case, dtype, backend, *, device):
+        assert table[""]["dropout"]["1024"]["warps"] != 2, "red"
+
+    monkeypatch.setattr(tune, "candidates", lambda width, loops: [
+        {"rows": rows, "warps": warps} for rows in (2, 4) for warps in (1, 2, 4)
+    ])  # fmt: skip
+    monkeypatch.setattr(importlib.import_module("bertfast.testing"), "run_gate", gate)
+    tune.tune("dropout", entry, table, done, device="cpu", measure=measure)
+    assert table == {"": {"dropout": {"1024": {"rows": 4, "warps": 1}}}}
+    assert len(seen) == 5, "the default, and four that are green"
+    tune.tune("dropout", entry, table, done, device="cpu", measure=None)
+    assert "AssertionError: red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("width", [8, 64, 1024, 8192])
+def test_candidates_are_tiles(width, loops):
+    tune = importlib.import_module("benchmarks.tune")
+    triton = importlib.import_module("bertfast.kernels.triton")
+    tiles = [triton.Tile(columns=width, **known) for known in tune.candidates(width, loops)]
+    assert tiles
+    for tile in tiles:
+        assert 4 * 32 * tile.warps <= tile.rows * width <= 64 * 32 * tile.warps
+
+
 def test_what_cannot_run_says_so():
-    import torch
 
     if not torch.cuda.is_available():
         assert "this torch sees no GPU" in make_gpu().stdout

@@ -28,7 +28,9 @@ class Store:
         self.path = path
         self.data: dict[str, Any] = {"fingerprint": fingerprint(about), "about": about}
         self.results: dict[str, dict[str, Any]] = {}
-        if path.is_file() and not fresh:
+        if fresh:
+            path.unlink(missing_ok=True)
+        if path.is_file():
             kept = json.loads(path.read_text())
             if kept.get("fingerprint") == self.data["fingerprint"]:
                 self.results = kept["results"]

@@ -168,6 +168,10 @@ def test_ids_of_any_value_stay_in_bounds(data):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_more_rows_than_a_grid_has_in_its_second_dimension():
+    testing.run_gate(testing.dropout_case(66_000, 8, name="many_rows"), torch.float32, "triton")
+
+
 def test_what_it_does_not_take():
     x = torch.ones(2, 4)
     takes = kernel("gelu", "triton").supports
