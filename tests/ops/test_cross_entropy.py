@@ -113,7 +113,7 @@ print(megabytes("VmHWM") - before)
 
 
 def peak_megabytes(backend, *sizes):
-    command = [sys.executable, "-c", PEAK, backend, *map(str, sizes)]
+    command = [sys.executable, "-P", "-c", PEAK, backend, *map(str, sizes)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
