@@ -53,10 +53,14 @@ gpu: export TRITON_INTERPRET := 1
 gpu: $(VENV)/.package $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -P benchmarks/gpu --dry $(if $(PART),--part $(PART)) $(GPU_ARGS)
 else
-gpu: ## Gate and time the GPU kernels on this machine's GPU (PART=gates, checks, bench, report; DRY=1 without a GPU)
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+gpu: build/gpu-installed ## Gate and time the GPU kernels on this machine's GPU (PART=gates, checks, bench, report; DRY=1 without a GPU)
 	$(PYTHON) -P benchmarks/gpu $(if $(PART),--part $(PART)) $(GPU_ARGS)
 endif
+
+build/gpu-installed: $(SOURCES)
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@mkdir -p build
+	@touch $@
 
 # First of all, so that nobody waits for an installation to be told.
 .PHONY: arm64-tools

@@ -63,12 +63,19 @@ def on_gpu(dry: bool) -> list[OnGpu]:
 
 
 def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
-    """The last elements of many, and the same alone: with a bias by rows, without as one row."""
+    """The last rows of many and of their gradient, and those of the same rows alone; with a bias,
+    which goes by rows, and without, as one row."""
     x = torch.randn(elements // 1024, 1024, device=device).half()
-    bias = torch.randn(1024, device=device)
-    got = [ops.gelu(x, b, backend=backend)[-7:].clone() for b in (bias, None)]
-    alone = [ops.gelu(x[-7:], b, backend=backend) for b in (bias, None)]
-    return torch.stack(got), torch.stack(alone)
+
+    def last_rows(x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.detach().requires_grad_()
+        out = ops.gelu(x, bias, backend=backend)
+        (dx,) = torch.autograd.grad(out, x, x.detach())
+        return torch.cat((out[-7:].detach(), dx[-7:]))
+
+    both = (torch.randn(1024, device=device), None)
+    got, alone = ([last_rows(rows, bias) for bias in both] for rows in (x, x[-7:]))
+    return torch.cat(got), torch.cat(alone)
 
 
 @pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])

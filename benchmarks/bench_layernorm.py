@@ -72,11 +72,17 @@ def on_gpu(dry: bool) -> list[OnGpu]:
 
 
 def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
-    """The last rows of many, and the same rows alone."""
+    """The last rows of many and of their gradient, and those of the same rows alone."""
     x = torch.randn(elements // 1024, 1024, device=device).half()
     weight, bias = torch.randn(2, 1024, device=device)
-    alone = ops.layernorm(x[-7:], weight, bias, residual=x[-7:], backend=backend)
-    return ops.layernorm(x, weight, bias, residual=x, backend=backend)[-7:].clone(), alone
+
+    def last_rows(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        out = ops.layernorm(x, weight, bias, backend=backend)
+        (dx,) = torch.autograd.grad(out, x, x.detach())
+        return torch.cat((out[-7:].detach(), dx[-7:]))
+
+    return last_rows(x), last_rows(x[-7:])
 
 
 @pytest.mark.parametrize("call", ["launcher", "inference", "grad", "eager_grad"])

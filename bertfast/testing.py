@@ -803,6 +803,15 @@ CASES: dict[str, list[Case]] = {
 }
 
 
+# A GPU kernel that loops over tiles has a fixed number of programs, 1056 on the largest GPU: these
+# are so many rows that each program has several tiles. For GPUs: an interpreter takes minutes.
+MANY_TILES: dict[str, Case] = {
+    "layernorm": layernorm_case(9001, 768, name="many_tiles", dropout_p=0.1),
+    "gelu": gelu_case(9001, 1040, name="many_tiles"),
+    "embedding": embedding_case(9001, 768, name="many_tiles", vocabulary=500, dropout_p=0.1),
+}
+
+
 # What each backend's gates run in; "mixed" keeps the parameters in float32.
 PRECISIONS = {
     "reference": ("float32", "bfloat16", "float16", "bfloat16-mixed"),

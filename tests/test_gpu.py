@@ -54,7 +54,7 @@ def data():
 
 
 def test_the_report(data):
-    shown = report.markdown(report.publish(data))
+    shown = report.markdown(report.publish(data, data["results"]))
     line = "| gelu | forward x | triton | 1000.0 µs | 1.00 TB/s | 80% | 80% | yes | eager 4.00×, "
     assert line + "compile 2.00× |" in shown
     assert "driver 1, torch 2, Triton 3" in shown
@@ -64,23 +64,37 @@ def test_the_report(data):
 
 def test_a_missed_target_is_said(data):
     data["results"]["bench/gelu/forward x"]["target"] = 0.9
-    assert "| 80% | 90% | **no** |" in report.markdown(report.publish(data))
+    assert "| 80% | 90% | **no** |" in report.markdown(report.publish(data, data["results"]))
 
 
 def test_a_red_gate_hides_its_speed(data):
-    published = report.publish(data)
+    published = report.publish(data, data["results"])
     assert "triton" not in published["results"]["bench/dropout/forward x"]["seconds"]
     shown = report.markdown(published)
     assert "| dropout | forward x | triton | hidden: checks stream |" in shown
     assert "**red**: checks stream" in shown
     assert "| embedding | forward x | triton | hidden: its gates did not run |" in shown
     data["results"]["gates/gelu/triton/float32"] = {"green": False, "failures": ["x"]}
-    published = report.publish(data)
+    published = report.publish(data, data["results"])
     assert "triton" not in published["results"]["bench/gelu/forward x"]["seconds"]
     assert "host_us" not in json.dumps(published["results"]["bench/gelu/overhead"]["host_us"])
     assert published["results"]["bench/gelu/overhead"]["host_us"] == {}
     # What was kept is not touched.
     assert data["results"]["bench/gelu/forward x"]["seconds"]["triton"] == 1e-3
+
+
+def test_a_gate_or_check_that_did_not_run_hides_it_too(data):
+    expected = [*data["results"], "checks/gelu/triton/repeats"]
+    published = report.publish(data, expected)
+    assert published["verdicts"]["gelu/triton"] == ["checks repeats did not run"]
+    assert "triton" not in published["results"]["bench/gelu/forward x"]["seconds"]
+    assert "hidden: checks repeats did not run" in report.markdown(published)
+
+
+def test_a_target_is_missed_where_torch_compile_is_faster(data):
+    data["results"]["bench/gelu/forward x"]["seconds"]["compile"] = 0.5e-3
+    shown = report.markdown(report.publish(data, data["results"]))
+    assert "| 80% | 80% | **no** | eager 4.00×, compile 0.50× |" in shown
 
 
 def test_failures_are_named(data):
@@ -92,7 +106,9 @@ def test_a_gate_at_the_timed_size_counts(data):
     row = data["results"]["bench/gelu/forward x"]
     row.update(green=False, red={"triton": "too large an error"})
     del row["seconds"]["triton"]
-    assert "| hidden: too large an error |" in report.markdown(report.publish(data))
+    assert "| hidden: too large an error |" in report.markdown(
+        report.publish(data, data["results"])
+    )
 
 
 def test_results_are_kept_for_the_same_sources_and_machine_only(tmp_path, monkeypatch):
@@ -137,7 +153,21 @@ def test_a_unit_that_breaks_is_red_and_the_next_one_runs(tmp_path, capsys):
     assert main.run(unit, kept, checks) is False
     assert kept.results[unit.key] == {"green": False, "error": "ValueError: no"}
     capsys.readouterr()
-    assert checks.is_sticky(RuntimeError("CUDA error: an illegal memory access"))
+    for message in ("CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal"):
+        assert checks.is_sticky(RuntimeError(message))
+    assert not checks.is_sticky(ValueError("no"))
+
+
+def test_a_unit_that_ends_the_process_is_not_run_again(tmp_path):
+    path = tmp_path / "gpu.json"
+
+    def dies():
+        assert "the process ended" in store.Store(path, {}).results["gates/x"]["error"]
+        return {"green": True}
+
+    kept = store.Store(path, {})
+    main.run(units.Unit("gates", "x", "", "", dies), kept, checks)
+    assert kept.results["gates/x"] == {"green": True}
 
 
 def make_gpu(*arguments, **environment):
@@ -223,10 +253,15 @@ def test_tuning_keeps_the_fastest_tile_whose_gate_is_green(monkeypatch, capsys):
     monkeypatch.setattr(tune, "candidates", lambda width, loops: [
         {"rows": rows, "warps": warps} for rows in (2, 4) for warps in (1, 2, 4)
     ])  # fmt: skip
-    monkeypatch.setattr(importlib.import_module("bertfast.testing"), "run_gate", gate)
+    testing = importlib.import_module("bertfast.testing")
+    monkeypatch.setattr(testing, "run_gate", gate)
+    gated = []
+    monkeypatch.setattr(testing, "run_gates", lambda *a, cases: gated.append((a, cases)))
     tune.tune("dropout", entry, table, done, device="cpu", measure=measure)
     assert table == {"": {"dropout": {"1024": {"rows": 4, "warps": 1}}}}
     assert len(seen) == 5, "the default, and four that are green"
+    assert [a[2] for a, _ in gated] == testing.precisions_of("dropout", "triton")
+    assert all(cases for _, cases in gated)
     tune.tune("dropout", entry, table, done, device="cpu", measure=None)
     assert "AssertionError: red" in capsys.readouterr().out
 

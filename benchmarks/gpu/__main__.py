@@ -7,7 +7,9 @@ run.
 """
 
 import argparse
+import faulthandler
 import importlib
+import json
 import os
 import re
 import sys
@@ -15,12 +17,16 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 INCOMPLETE = 75
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--part", choices=["gates", "checks", "bench", "report"])
     parser.add_argument("--words", nargs="*", help="only these ops")
     parser.add_argument("--dry", action="store_true", help="on the CPU, interpreted, small inputs")
@@ -41,7 +47,8 @@ def main() -> int:
     if arguments.under_sanitizer:
         checks.under_sanitizer(*arguments.under_sanitizer)
         return 0
-    here = place.Place(arguments.dry)
+    start = time.monotonic()
+    here = place.Place(arguments.dry, until=start + 60 * (arguments.minutes + 1))
     here.refuse_if_impossible()
     about = here.describe()
     name = "gpu-dry" if arguments.dry else "gpu"
@@ -50,12 +57,16 @@ def main() -> int:
     unknown = sorted(set(words) - set(here.words()))
     if unknown:
         raise SystemExit(f"make gpu: no GPU kernel of {', '.join(unknown)}")
+    everything = units.all_units(here, here.words())
     todo = [
         unit
-        for unit in units.all_units(here, words)
-        if unit.key not in kept.results and arguments.part in (None, unit.part)
+        for unit in everything
+        if unit.key not in kept.results
+        and arguments.part in (None, unit.part)
+        and (unit.word in words or not unit.word)
     ]
-    start = time.monotonic()
+    # A hang ends the process; the unit it hung in is already kept, as red.
+    faulthandler.dump_traceback_later(60 * (arguments.minutes + 1), exit=True)
     for i, unit in enumerate(todo):
         if time.monotonic() - start > 60 * arguments.minutes:
             print(f"{len(todo) - i} units are left: run the same command again", flush=True)
@@ -69,7 +80,8 @@ def main() -> int:
                 sys.executable,
                 [sys.executable, "-P", str(Path(__file__).parent), *command, f"--minutes={left}"],
             )
-    write(report, kept, about, arguments.dry)
+    faulthandler.cancel_dump_traceback_later()
+    write(report, kept, [unit.key for unit in everything], arguments.dry)
     red = report.failures(kept.results)
     for line in red:
         print(f"RED {line}")
@@ -81,11 +93,14 @@ def run(unit, kept, checks) -> bool:  # type: ignore[no-untyped-def]
     print(f"{unit.key} ... ", end="", flush=True)
     before = time.monotonic()
     sticky = False
+    kept.put(unit.key, {"green": False, "error": "the process ended during this unit"})
     try:
         with open(os.devnull, "w") as nowhere:
             stdout, sys.stdout = sys.stdout, nowhere
             try:
                 result = unit.run()
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()  # what went wrong late went wrong in this unit
             finally:
                 sys.stdout = stdout
     except Exception as error:
@@ -98,10 +113,9 @@ def run(unit, kept, checks) -> bool:  # type: ignore[no-untyped-def]
     return sticky
 
 
-def write(report, kept, about, dry) -> None:  # type: ignore[no-untyped-def]
-    import json
-
-    shown = report.publish({**kept.data, "results": kept.results})
+def write(report, kept, expected, dry) -> None:  # type: ignore[no-untyped-def]
+    about = kept.data["about"]
+    shown = report.publish({**kept.data, "results": kept.results}, expected)
     if dry:
         target = ROOT / "build" / "gpu-dry-report"
     else:

@@ -26,12 +26,15 @@ _DTYPE = {False: torch.bfloat16, True: torch.float32}
 
 def is_sticky(error: BaseException) -> bool:
     """Whether CUDA will answer every later call in this process with this error, too."""
-    return "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
+    said = ("CUDA error", "Triton Error [CUDA]")
+    return any(words in str(error) for words in said) or type(error).__name__ == "AcceleratorError"
 
 
-def _case(word: str) -> Case:
-    """The word's case that has the most in it: the first one with dropout and odd sizes."""
+def _case(place: Place, word: str) -> Case:
+    """The word's case that has the most in it; on a GPU the one with more tiles than programs."""
     cases = testing.CASES[word]
+    if not place.dry and word in testing.MANY_TILES:
+        return testing.MANY_TILES[word]
     for wanted in ("two_threads-p0.1", "two_threads", "several_blocks", "odd"):
         for case in cases:
             if case.name.startswith(wanted):
@@ -43,7 +46,7 @@ class _Call:
     """Forward and backward of one case, on tensors that stay where they are."""
 
     def __init__(self, place: Place, word: str, backend: str, device: str | None = None) -> None:
-        self.case, self.backend = _case(word), backend
+        self.case, self.backend = _case(place, word), backend
         tensors = self.case.inputs(_DTYPE[place.dry], device=device or place.device)
         self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
         self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
@@ -70,7 +73,7 @@ def repeats(place: Place, word: str, backend: str) -> Result:
 
 def compiled(place: Place, word: str, backend: str) -> Result:
     """The gate through torch.compile, in one graph."""
-    case = _case(word)
+    case = _case(place, word)
     compiler = "aot_eager" if place.dry else "inductor"
     try:
         call = torch.compile(case.op, fullgraph=True, backend=compiler)
@@ -143,7 +146,8 @@ def large(place: Place, word: str, backend: str) -> Result:
 
 
 def sanitizer(place: Place, word: str, backend: str) -> Result:
-    """A few gates under compute-sanitizer's memcheck, in a process of their own."""
+    """A few gates under compute-sanitizer's memcheck, in a process of their own, for no longer than
+    the run has left."""
     tool = shutil.which("compute-sanitizer")
     if place.dry or tool is None:
         return {"left_out": "compute-sanitizer is not there"}
@@ -151,12 +155,20 @@ def sanitizer(place: Place, word: str, backend: str) -> Result:
         *(tool, "--tool", "memcheck", "--error-exitcode", "99", "--launch-timeout", "120"),
         *(sys.executable, "-P", str(Path(__file__).parent), "--under-sanitizer", word, backend),
     ]
+    seconds = max(30.0, place.seconds_left() - 20.0)
     # torch's allocator would hide where a tensor ends.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
-        return {"green": False, "detail": "still running after 240 s"}
+        return {"green": False, "detail": f"still running after {seconds:.0f} s"}
     return {"green": done.returncode == 0, "detail": done.stdout[-500:]}
 
 

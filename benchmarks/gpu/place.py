@@ -1,6 +1,7 @@
 """Where the units run: a GPU, or for a dry run the CPU, where GPU kernels are interpreted."""
 
 import subprocess
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,14 @@ from .. import kernels
 class Place:
     """Attributes:
     dry: whether only the way from gate to report is to be proved, on small inputs.
+    until: when the run has to be over, on ``time.monotonic``'s clock.
     """
 
     dry: bool
+    until: float = float("inf")
+
+    def seconds_left(self) -> float:
+        return min(self.until - time.monotonic(), 300.0)
 
     @property
     def device(self) -> str:
@@ -78,4 +84,4 @@ def _driver() -> str:
         done = subprocess.run(query, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.split()[0]
+    return done.stdout.strip().partition("\n")[0] or "unknown"

@@ -13,6 +13,7 @@ from typing import Any
 
 from bertfast import testing
 
+from ..kernels import Peer
 from . import checks, timing
 from .place import Place
 
@@ -57,9 +58,10 @@ def all_units(place: Place, words: Iterable[str]) -> list[Unit]:
                 units.append(_check(place, word, backend, name, check))
     units.append(Unit("bench", "", "", "ceilings", lambda: timing.ceilings(place)))
     for word in words:
-        for entry in benchmark_of(word).on_gpu(place.dry):
-            units.append(_bench(place, word, entry))
-        units.append(Unit("bench", word, "", "overhead", _overhead(place, word)))
+        entries = benchmark_of(word).on_gpu(place.dry)
+        units += [_bench(place, word, entry) for entry in entries]
+        eager = entries[0].subject.peers["eager"]
+        units.append(Unit("bench", word, "", "overhead", _overhead(place, word, eager)))
     # The shortest way to a first answer: gates before checks before times.
     return sorted(units, key=lambda unit: PARTS.index(unit.part))
 
@@ -67,7 +69,9 @@ def all_units(place: Place, words: Iterable[str]) -> list[Unit]:
 def some_cases(place: Place, word: str) -> list[testing.Case]:
     """Every case; of a dry run, a few of them."""
     cases = testing.CASES[word]
-    return cases[:: len(cases) // 4] if place.dry else cases
+    if place.dry:
+        return cases[:: len(cases) // 4]
+    return [*cases, *([testing.MANY_TILES[word]] if word in testing.MANY_TILES else [])]
 
 
 def _gate(place: Place, word: str, backend: str, precision: str) -> Unit:
@@ -104,5 +108,5 @@ def _bench(place: Place, word: str, entry: timing.OnGpu) -> Unit:
     return Unit("bench", word, "", entry.name, lambda: timing.bench(place, word, entry))
 
 
-def _overhead(place: Place, word: str) -> Callable[[], Result]:
-    return lambda: timing.overhead(place, word)
+def _overhead(place: Place, word: str, eager: Peer) -> Callable[[], Result]:
+    return lambda: timing.overhead(place, word, eager)

@@ -62,8 +62,11 @@ inline __attribute__((always_inline)) Statistics row_statistics(const float* row
     squares += d * d;
   });
   const float correction = sum(differences) * per_column;
-  const float variance = sum(squares) * per_column - correction * correction;
-  return {about + correction, 1.0f / std::sqrt((variance > 0.0f ? variance : 0.0f) + eps)};
+  // Where the squares overflow, infinity minus infinity would make a variance of 0.
+  const float mean_square = sum(squares) * per_column;
+  const float variance =
+      mean_square < __builtin_inff() ? mean_square - correction * correction : mean_square;
+  return {about + correction, 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps)};
 }
 
 // Rows taken together in backward, so that the sums over rows are loaded and stored once for all:

@@ -48,13 +48,22 @@ def test_no_spills(tables, architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_are_read_and_written_16_bytes_at_a_time(tables, architecture):
-    """Narrower are what a program reads or writes once for a row: statistics, ids, the seed; and a
-    finished sum. One tile element by element would be 16 accesses and more."""
+    """Where columns are a multiple of 16. Narrower are what a program reads or writes once for a
+    row: statistics, ids (8 bytes), the seed; a finished sum; and embedding's table gradients in 16
+    bits. One tile element by element would be 16 accesses and more."""
     for name, row in tables[architecture].items():
+        word, columns, *_ = name.split()
         widths = row["global_access_bytes"]
-        wide = widths.get("16", 0) >= 3
-        narrow = widths.get("2", 0) <= 1 and widths.get("4", 0) <= 8
-        assert (wide and narrow) != name.startswith("gelu 767"), (name, widths)
+        wide = widths.get("16", 0) >= 2
+        narrow = (
+            widths.get("2", 0) <= 1
+            and widths.get("4", 0) <= 8
+            and (widths.get("8", 0) <= 2 or word == "embedding")
+        )
+        if int(columns) % 16 == 0:
+            assert wide and narrow, (name, widths)
+        elif "_sum_" not in name:
+            assert not wide, (name, widths)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -104,6 +104,10 @@ def cases() -> Iterator[testing.Case]:
     yield testing.dropout_case(64, 768, name="768")
     # Rows that start anywhere: no access can be 16 bytes wide.
     yield testing.gelu_case(64, 767, name="767")
+    yield testing.dropout_case(64, 767, name="767")
+    yield testing.embedding_case(64, 101, name="101", dropout_p=0.1)
+    for columns in (24, 101, 1030, 4999, 18001):
+        yield testing.layernorm_case(8, columns, name=str(columns), dropout_p=0.1)
 
 
 def launch(case: testing.Case, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels and their launchers, for CUDA tensors, compiled at their first use.
+"""Triton kernels and their launchers, for CUDA tensors, compiled by Triton at their first use.
 
 Nothing here imports triton, which may not be installed: the words' modules do, and
 :mod:`bertfast.backends` imports them only where :data:`missing` is None. With
@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 # As triton itself reads it, once, when a kernel is defined.
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
 
-# The longest row: its sums must fit the int32 offsets inside a tile, and BERT is far below.
+# The longest row that is normalised, and the longest of which a tile has more than one: 64 of them
+# stay within int32 offsets.
 MOST_COLUMNS = 65536
 # What one program takes of a row at a time; longer rows are taken in pieces.
 WIDEST_BLOCK = 8192
@@ -114,7 +115,8 @@ class Tile:
     Attributes:
         rows, columns: of the tile; powers of two, columns at least the dropout mask's 8.
         warps: that share it.
-        per_processor: programs per multiprocessor, where programs loop over tiles.
+        per_processor: programs per multiprocessor, where programs loop over tiles; four, because
+            one waits at its barriers while the others load.
         stages: how many tiles ahead such a loop loads; 1 leaves it to the other programs.
     """
 
@@ -125,6 +127,12 @@ class Tile:
     stages: int = 1
 
 
+def measured_tile(kernel: str, width: int, device: torch.device) -> Tile | None:
+    """The tile of that many columns that ``tuned.json`` has for ``kernel`` on this architecture."""
+    known = _tuned().get(architecture(device), {}).get(kernel, {}).get(str(width))
+    return None if known is None else Tile(columns=width, **known)
+
+
 def tile(
     kernel: str, columns: int, device: torch.device, *, elements: int, widest: int, per_thread: int
 ) -> Tile:
@@ -133,13 +141,16 @@ def tile(
     From the measured table (``tuned.json``, written by ``benchmarks/tune.py``) where it knows the
     device's architecture and the kernel, else of about ``elements``, ``per_thread`` to a thread.
     """
+    if columns % 16:
+        # Rows that start anywhere are read element by element, each with an address of its own.
+        elements, widest, per_thread = elements // 2, min(widest, 2048), per_thread // 4
     width = min(max(power_of_two(columns), 8), widest)
-    known = _tuned().get(architecture(device), {}).get(kernel, {}).get(str(width))
-    if known is not None:
-        return Tile(columns=width, **known)
+    found = None if columns % 16 else measured_tile(kernel, width, device)
+    if found is None:
+        rows = max(1, min(elements // width, 64)) if columns <= MOST_COLUMNS else 1
+        found = Tile(rows, width, max(1, min(rows * width // (32 * per_thread), 16)))
     # Offsets inside a tile are int32, so very long rows come one by one.
-    rows = max(1, min(elements // width, 64)) if columns <= MOST_COLUMNS else 1
-    return Tile(rows, width, max(1, min(rows * width // (32 * per_thread), 16)))
+    return found if columns <= MOST_COLUMNS else replace(found, rows=1)
 
 
 @functools.cache

@@ -12,8 +12,15 @@ def statistics_of(v, inside, columns, eps):
     # What rounding left out of the mean: in a row of equal values it is all there is to centre.
     d = tl.where(inside, v - about[:, None], 0.0)
     rest = tl.sum(d, axis=1) / columns
-    variance = tl.sum(d * d, axis=1) / columns - rest * rest
-    return about + rest, tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+    variance = without_rest(tl.sum(d * d, axis=1) / columns, rest)
+    return about + rest, tl.rsqrt(variance + eps)
+
+
+@triton.jit
+def without_rest(squares, rest):
+    """``squares - rest^2``, at least 0; infinity and NaN stay what they are."""
+    variance = tl.where(squares == float("inf"), squares, squares - rest * rest)
+    return tl.where(variance < 0.0, 0.0, variance)
 
 
 @triton.jit

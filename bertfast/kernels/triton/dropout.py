@@ -13,12 +13,11 @@ from bertfast.ops.dropout import dropout_scale
 supports = shared.unsupported
 
 
-@triton.jit(do_not_specialize=["rows", "threshold", "site"])
+@triton.jit(do_not_specialize=["pieces", "rows", "threshold", "site"])
 def _forward(
-    x, out, seed, rows, columns, threshold, site, scale,
+    x, out, seed, pieces, rows, columns, threshold, site, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    pieces = tl.cdiv(columns, COLUMNS)
     first = (tl.program_id(0) // pieces).to(tl.int64) * ROWS
     c0 = (tl.program_id(0) % pieces).to(tl.int64) * COLUMNS
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -41,10 +40,10 @@ def forward(x: Tensor, seed: Tensor, threshold: int, site: int) -> Tensor:
     columns = x.shape[-1]
     t = forward_tile(columns, x.device)
     if x.numel():
-        rows = x.numel() // columns
+        rows, pieces = x.numel() // columns, triton.cdiv(columns, t.columns)
         with on_device(x):
-            _forward[triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),](
-                x, out, seed, rows, columns, threshold, signed(site), dropout_scale(threshold),
-                t.rows, t.columns, num_warps=t.warps,
+            _forward[triton.cdiv(rows, t.rows) * pieces,](
+                x, out, seed, pieces, rows, columns, threshold, signed(site),
+                dropout_scale(threshold), t.rows, t.columns, num_warps=t.warps,
             )  # fmt: skip
     return out

@@ -81,10 +81,12 @@ def _forward(
     tl.store(to, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["words", "types", "positions", "tokens", "threshold", "site"])
+@triton.jit(
+    do_not_specialize=["tiles", "words", "types", "positions", "tokens", "threshold", "site"]
+)
 def _backward(
     dout, input_ids, token_type_ids, position_ids, word, token_type, position, weight,
-    statistics, ds, partial, seed, words, types, positions, tokens, columns,
+    statistics, ds, partial, seed, tiles, words, types, positions, tokens, columns,
     threshold, site, scale,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +96,7 @@ def _backward(
     w = tl.load(weight + c, mask=c < columns, other=0.0).to(tl.float32)
     dweight = tl.zeros((COLUMNS,), tl.float32)
     dbias = tl.zeros((COLUMNS,), tl.float32)
-    for tile in tl.range(program, tl.cdiv(tokens, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         first = tile * ROWS
         there = r < tl.minimum(tokens - first, ROWS).to(tl.int32)
         inside = there[:, None] & (c < columns)[None, :]
@@ -217,13 +219,13 @@ def _join_chunks(
 
 def forward_tile(columns: int, device: torch.device) -> Tile:
     return shared.tile(
-        "embedding_forward", columns, device, elements=4096, widest=WIDEST_BLOCK, per_thread=32
+        "embedding_forward", columns, device, elements=2048, widest=WIDEST_BLOCK, per_thread=16
     )
 
 
 def backward_tile(columns: int, device: torch.device) -> Tile:
     return shared.tile(
-        "embedding_backward", columns, device, elements=1024, widest=4096, per_thread=8
+        "embedding_backward", columns, device, elements=2048, widest=4096, per_thread=8
     )
 
 
@@ -332,9 +334,9 @@ def backward(
             programs = shared.programs_for(word.device, t.per_processor, tiles)
             partial = torch.empty(programs, 2, columns, dtype=torch.float32, device=word.device)
             _backward[programs,](
-                dout, *ids, *tables, weight, statistics, ds, partial, seed, *sizes, threshold,
-                signed(site), dropout_scale(threshold), seed is not None, t.rows, t.columns,
-                t.stages, num_warps=t.warps,
+                dout, *ids, *tables, weight, statistics, ds, partial, seed, tiles, *sizes,
+                threshold, signed(site), dropout_scale(threshold), seed is not None, t.rows,
+                t.columns, t.stages, num_warps=t.warps,
             )  # fmt: skip
             sum_both(partial, dweight, dbias)
         dword = _table_gradient(ids[0], ds, tables[0], padding_idx)
@@ -359,5 +361,5 @@ def _table_gradient(ids: Tensor, ds: Tensor, table: Tensor, skip: int) -> Tensor
     _sum_chunks[chunks, pieces](
         ids, order, ds, dtable, parts, *sizes, _CHUNK, _COLUMNS, num_warps=1
     )
-    _join_chunks[chunks, pieces](ids, dtable, parts, *sizes, _CHUNK, _JOINED, _COLUMNS, num_warps=4)
+    _join_chunks[chunks, pieces](ids, dtable, parts, *sizes, _CHUNK, _JOINED, _COLUMNS, num_warps=8)
     return dtable

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.triton import Tile, dense, dense_or_none, on_device
+from bertfast.kernels.triton import MOST_COLUMNS, Tile, dense, dense_or_none, on_device
 from bertfast.kernels.triton._norm import sum_one
 
 supports = shared.unsupported
@@ -72,11 +72,18 @@ def _tanh_slope(z):
     return s + z * s * (1.0 - s) * (z * z * (6.0 * _C * _A) + 2.0 * _C)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["pieces", "rows"])
 def _forward(
-    x, bias, out, rows, columns, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x,
+    bias,
+    out,
+    pieces,
+    rows,
+    columns,
+    TANH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    pieces = tl.cdiv(columns, COLUMNS)
     first = (tl.program_id(0) // pieces).to(tl.int64) * ROWS
     c0 = (tl.program_id(0) % pieces).to(tl.int64) * COLUMNS
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -92,13 +99,12 @@ def _forward(
     tl.store(out + base + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["tiles", "pieces", "rows"])
 def _backward(
-    dout, x, bias, dx, partial, rows, columns,
+    dout, x, bias, dx, partial, tiles, pieces, rows, columns,
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of one piece of the columns; without a bias, one tile."""
-    pieces = tl.cdiv(columns, COLUMNS)
     program, programs = (tl.program_id(0) // pieces).to(tl.int64), tl.num_programs(0) // pieces
     c0 = (tl.program_id(0) % pieces).to(tl.int64) * COLUMNS
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -106,7 +112,7 @@ def _backward(
     if bias is not None:
         b = tl.load(bias + c0 + c, mask=column_there, other=0.0).to(tl.float32)
     dbias = tl.zeros((COLUMNS,), tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         first = tile * ROWS
         row_there = r < tl.minimum(rows - first, ROWS).to(tl.int32)
         inside = row_there[:, None] & column_there[None, :]
@@ -125,11 +131,16 @@ def _backward(
 
 
 def forward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile("gelu_forward", columns, device, elements=4096, widest=1024, per_thread=32)
+    # Without a bias all is one long row.
+    widest = 4096 if columns > MOST_COLUMNS else 1024
+    return shared.tile("gelu_forward", columns, device, elements=4096, widest=widest, per_thread=32)
 
 
 def backward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile("gelu_backward", columns, device, elements=2048, widest=512, per_thread=16)
+    widest = 2048 if columns > MOST_COLUMNS else 512
+    return shared.tile(
+        "gelu_backward", columns, device, elements=2048, widest=widest, per_thread=16
+    )
 
 
 def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
@@ -145,9 +156,10 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     rows, columns = _shape(x, bias)
     t = forward_tile(columns, x.device)
     if x.numel():
+        pieces = triton.cdiv(columns, t.columns)
         with on_device(x):
-            _forward[triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),](
-                x, bias, out, rows, columns, approximate == "tanh", t.rows, t.columns,
+            _forward[triton.cdiv(rows, t.rows) * pieces,](
+                x, bias, out, pieces, rows, columns, approximate == "tanh", t.rows, t.columns,
                 num_warps=t.warps,
             )  # fmt: skip
     return out
@@ -170,8 +182,8 @@ def backward(
         with on_device(x):
             if programs:
                 _backward[programs * pieces,](
-                    dout, x, bias, dx, partial, rows, columns, approximate == "tanh", t.rows,
-                    t.columns, t.stages, num_warps=t.warps,
+                    dout, x, bias, dx, partial, tiles, pieces, rows, columns,
+                    approximate == "tanh", t.rows, t.columns, t.stages, num_warps=t.warps,
                 )  # fmt: skip
             if partial is not None:
                 sum_one(partial, dbias)

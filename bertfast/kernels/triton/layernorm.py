@@ -8,7 +8,7 @@ from torch import Tensor
 from bertfast.kernels import triton as shared
 from bertfast.kernels.triton import WIDEST_BLOCK, Tile, dense, dense_or_none, on_device, signed
 from bertfast.kernels.triton._dropout import keep_rows
-from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both
+from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both, without_rest
 from bertfast.ops.dropout import dropout_scale
 
 supports = shared.unsupported_rows
@@ -81,9 +81,10 @@ def _forward_long(
         own += rest / count
         step = own - mean
         share = count / (c0 + count)
-        squares += tl.sum(d * d, axis=1) - rest * rest / count + step * step * (c0 * share)
+        squares += without_rest(tl.sum(d * d, axis=1) / count, rest / count) * count
+        squares += step * step * (c0 * share)
         mean += step * share
-    rstd = tl.rsqrt(tl.maximum(squares / columns, 0.0) + eps)
+    rstd = tl.rsqrt(squares / columns + eps)
     tl.store(statistics + row + r, mean)
     tl.store(statistics + rows + row + r, rstd)
     for c0 in range(0, columns, COLUMNS):
@@ -123,10 +124,10 @@ def _store_row_gradient(
     tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold", "site"])
+@triton.jit(do_not_specialize=["tiles", "rows", "threshold", "site"])
 def _backward(
     dout, total, weight, statistics, dx, dresidual, partial, seed,
-    rows, columns, threshold, site, scale,
+    tiles, rows, columns, threshold, site, scale,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of whole rows; the sums over them stay in registers."""
@@ -135,7 +136,7 @@ def _backward(
     dweight = tl.zeros((COLUMNS,), tl.float32)
     dbias = tl.zeros((COLUMNS,), tl.float32)
     w = tl.load(weight + c, mask=c < columns, other=0.0).to(tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         first = tile * ROWS
         there = r < tl.minimum(rows - first, ROWS).to(tl.int32)
         inside = there[:, None] & (c < columns)[None, :]
@@ -175,10 +176,10 @@ def _backward_long_rows(
     tl.store(means + rows + row + r, sum_gx / columns)
 
 
-@triton.jit(do_not_specialize=["rows", "threshold", "site"])
+@triton.jit(do_not_specialize=["tiles", "rows", "threshold", "site"])
 def _backward_long(
     dout, total, weight, statistics, means, dx, dresidual, partial, seed,
-    rows, columns, threshold, site, scale,
+    tiles, rows, columns, threshold, site, scale,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every so many tiles of one piece of the columns, once the rows' means are known."""
@@ -188,7 +189,7 @@ def _backward_long(
     dweight = tl.zeros((COLUMNS,), tl.float32)
     dbias = tl.zeros((COLUMNS,), tl.float32)
     w = tl.load(weight + c0 + c, mask=c0 + c < columns, other=0.0).to(tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         first = tile * ROWS
         there = r < tl.minimum(rows - first, ROWS).to(tl.int32)
         inside = there[:, None] & (c0 + c < columns)[None, :]
@@ -290,7 +291,7 @@ def backward(
     partial = torch.empty(programs, 2, columns, dtype=torch.float32, device=device)
     before = dout, total, weight, statistics
     behind = (
-        dx, dresidual, partial, seed, rows, columns, threshold, signed(site),
+        dx, dresidual, partial, seed, tiles, rows, columns, threshold, signed(site),
         dropout_scale(threshold), seed is not None, t.rows, t.columns, t.stages,
     )  # fmt: skip
     with on_device(total):
