@@ -152,8 +152,8 @@ def test_gate_bites(name, mutants):
 TRITON_MUTATIONS = {
     "eps dropped": (
         "_norm.py",
-        "tl.maximum(variance, 0.0) + eps",
-        "tl.maximum(variance, 0.0)",
+        "tl.rsqrt(variance + eps)",
+        "tl.rsqrt(variance)",
     ),
     "variance about zero": (
         "_norm.py",
@@ -242,8 +242,8 @@ TRITON_MUTATIONS = {
     ),
     "pieces joined without their distance": (
         "layernorm.py",
-        " + step * step * (c0 * share)",
-        "",
+        "squares += step * step * (c0 * share)",
+        "squares += 0.0",
     ),
     "a long row's gradient without its mean": (
         "layernorm.py",
