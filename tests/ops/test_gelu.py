@@ -156,8 +156,8 @@ TRITON_MUTATIONS = {
     ),
     "a program skips tiles": (
         "gelu.py",
-        "tl.range(program, tl.cdiv(rows, ROWS), programs,",
-        "tl.range(program, tl.cdiv(rows, ROWS), 2 * programs,",
+        "tl.range(program, tiles, programs,",
+        "tl.range(program, tiles, 2 * programs,",
     ),
     "the last rows left out": (
         "gelu.py",
