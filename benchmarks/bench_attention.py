@@ -6,19 +6,26 @@ best, contiguous ``(B, heads, S, d)``, and sequences of different lengths padded
 mask of the keys.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bertfast import testing
+from bertfast import ops, testing
 from bertfast.testing import Tensors
 
 from . import memory
-from .conftest import MIXED, MIXED_LENGTHS
+from .conftest import MIXED, MIXED_LENGTHS, mixed_lengths
+from .gpu.timing import OnGpu
 from .kernels import DTYPES, Peer, Subject, precision, time_kernel
 
 HEADS, HEAD_DIM = 12, 64
+SIZES = (64, 128, 256, 512, 1024, 4096)
+SDPA = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 BATCHES = {
     "8x128": [128] * 8,
     "4x512": [512] * 4,
@@ -28,8 +35,8 @@ BATCHES = {
 SMALL = {"batch": "small"}
 
 
-def subject(batch: str, dropout_p: float) -> Subject:
-    lengths = BATCHES[batch]
+def subject(batch: str, dropout_p: float, lengths: list[int] | None = None) -> Subject:
+    lengths = lengths or BATCHES[batch]
     longest = max(lengths)
     case = testing.attention_case(
         lengths, HEADS, HEAD_DIM, name=f"{batch} p{dropout_p}", packed=True, dropout_p=dropout_p
@@ -66,15 +73,81 @@ def subject(batch: str, dropout_p: float) -> Subject:
     )
 
 
+def useful_flops(lengths: list[int], products: int) -> int:
+    """Of the tokens that are there: two products forward, five backward."""
+    return products * sum(2 * s * s * HEAD_DIM * HEADS for s in lengths)
+
+
+def on_gpu(dry: bool) -> list[OnGpu]:
+    """32,768 tokens in sequences of one length, and mixed ones, beside each of SDPA's kernels."""
+    batches = {f"{32768 // s}x{s}": [s] * (32768 // s) for s in SIZES}
+    batches["512 of mean 34, longest 128"] = mixed_lengths(512, 34, 128)
+    if dry:
+        batches = {"2x16": [16] * 2}
+    entries = []
+    for name, lengths in batches.items():
+        for dropout_p in (0.1, 0.0):
+            this = subject(name, dropout_p, lengths)
+            for kernel in SDPA:
+                this.peers[kernel.name] = dataclasses.replace(
+                    this.peers["sdpa"], call=_with_kernel(this.peers["sdpa"].call, kernel)
+                )
+            for direction, products in (("training forward", 2), ("backward", 5)):
+                entries.append(
+                    OnGpu(
+                        this,
+                        direction,
+                        "float32" if dry else "bfloat16",
+                        {"flops": useful_flops(lengths, products)},
+                        tile=_tile_name(direction, max(lengths)),
+                        peers=("sdpa",) if dry else ("eager", *(kernel.name for kernel in SDPA)),
+                    )
+                )
+    return entries
+
+
+def _tile_name(direction: str, longest: int) -> str:
+    """The one kernel that does this, or none: long sequences go backward in two."""
+    short = "short_" if longest <= 64 else ""
+    if direction == "training forward":
+        return f"attention_{short}forward"
+    return f"attention_{short}heads" if longest <= 128 else ""
+
+
+def _with_kernel(call: Callable[[Tensors], Tensor], kernel: SDPBackend) -> Callable[..., Tensor]:
+    def chosen(t: Tensors) -> Tensor:
+        with sdpa_kernel(kernel):
+            return call(t)
+
+    return chosen
+
+
+def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:
+    """The last sequence of many and its gradient, and those of it alone."""
+    tokens = elements // (3 * 256)
+    qkv = torch.randn(tokens, 3, 4, 64, device=device, dtype=torch.float16)
+
+    def last_rows(qkv: Tensor) -> Tensor:
+        qkv = qkv.detach().requires_grad_()
+        ends = torch.arange(len(qkv), -1, -7, device=device).flip(0)
+        ends[0] = 0
+        longest = int(ends.diff().max())
+        out = ops.attention_qkvpacked(
+            qkv, cu_seqlens=ends.int(), max_seqlen=longest, backend=backend
+        )
+        (grad,) = torch.autograd.grad(out, qkv, out.detach())
+        return torch.cat((out[-7:].detach().flatten(), grad[-7:].flatten()))
+
+    return last_rows(qkv), last_rows(qkv[-7:])
+
+
 @pytest.mark.parametrize("implementation", ["bertfast", "sdpa", "eager", "compile"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("batch", ["8x128", "4x512", MIXED])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 def bench_attention(turns, direction, batch, dropout_p, dtype, implementation):
-    # Two products forward and five backward, of the tokens that are there.
-    products = 2 if direction == "forward" else 7
-    flops = products * sum(2 * s * s * HEAD_DIM * HEADS for s in BATCHES[batch])
+    flops = useful_flops(BATCHES[batch], 2 if direction == "forward" else 7)
     time_kernel(
         turns,
         subject(batch, dropout_p),

@@ -8,6 +8,7 @@ for this: the table comes with the package, and a GPU that is not in it gets the
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -65,8 +66,11 @@ def tune(
     module = importlib.import_module(f"bertfast.kernels.triton.{word}")
     case, (dtype, _) = entry.subject.case, precision(entry.dtype)
     columns = case.inputs(dtype)[case.grads[0]].shape[-1]
-    choose = getattr(module, f"{entry.tile.removeprefix(word + '_')}_tile", None)
-    choose = choose or module.forward_tile
+    name = entry.tile.removeprefix(f"{word}_")
+    if hasattr(module, "tile_of"):
+        choose = functools.partial(module.tile_of, name)
+    else:
+        choose = getattr(module, f"{name}_tile", module.forward_tile)
     where = torch.device(device)
     default = choose(columns, where)
     tiles = table.setdefault(triton.architecture(where), {}).setdefault(entry.tile, {})
@@ -97,8 +101,8 @@ def tune(
     for seconds, tile in sorted(found, key=lambda pair: pair[0]):
         tiles[key] = tile
         try:
-            for name in testing.precisions_of(word, "triton"):
-                testing.run_gates(word, "triton", name, cases=alike)
+            for precision_name in testing.precisions_of(word, "triton"):
+                testing.run_gates(word, "triton", precision_name, cases=alike)
         except Exception as error:
             if is_sticky(error):
                 raise

@@ -25,7 +25,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op word -> its backends, in the order automatic choice tries them. ``bertfast/kernels/<backend>/
 # <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
 TABLE: dict[str, tuple[str, ...]] = {
-    "attention": ("cpu", "reference"),
+    "attention": ("cpu", "triton", "reference"),
     "layernorm": ("cpu", "triton", "reference"),
     "gelu": ("cpu", "triton", "reference"),
     "embedding": ("cpu", "triton", "reference"),

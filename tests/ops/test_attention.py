@@ -128,6 +128,29 @@ def test_cpu_mask_is_the_reference_mask(dtype, heads, use_isa):
                 assert torch.equal(kept("cpu", seed, site), expected), isa
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_mask_is_the_reference_mask(dtype):
+    """As above, forward in both ways of finding a program's sequence."""
+    for lengths in ((130, 1, 70), (64, 64)):
+        queries, start = sum(lengths), 0
+        q = torch.zeros(queries, 3, 256, dtype=dtype)
+        v = torch.zeros(queries, 3, 256, dtype=dtype)
+        for length in lengths:
+            v[start : start + length] = torch.eye(length, 256, dtype=dtype).unsqueeze(1)
+            start += length
+        for seed, site in ((0, 0xFFFFFFFF), (-1, 0), (testing.SEED, 7)):
+            kept = [
+                ops.attention(
+                    q, q, v, cu_seqlens_q=cu(*lengths), max_seqlen_q=max(lengths), dropout_p=0.3,
+                    seed=testing.seed_tensor(seed), site=site, backend=backend,
+                )
+                != 0
+                for backend in ("triton", "reference")
+            ]  # fmt: skip
+            assert torch.equal(*kept)
+            assert 0.2 < kept[0][: lengths[0], :, : lengths[0]].double().mean() < 0.8
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [(300,), (200, 3, 40), (1, 0, 2)])
 def test_result_does_not_depend_on_the_number_of_threads(lengths, causal):
@@ -327,6 +350,96 @@ MUTATIONS = {
 def test_gate_bites(name, mutants):
     with mutants.in_place(*MUTATIONS[name]):
         assert testing.gates_are_red("attention", "cpu")
+
+
+TRITON_MUTATIONS = {
+    "the outputs so far are not rescaled": (
+        "attention.py",
+        "sums * rescale[:, None]",
+        "sums",
+    ),
+    "no 1 / (1 - p) in forward": (
+        "attention.py",
+        "tl.where(sees, kept_scale / tl",
+        "tl.where(sees, 1.0 / tl",
+    ),
+    "small probabilities do not count in the sum": (
+        "attention.py",
+        "total = total * rescale + tl.sum(p, axis=1)",
+        "total = total * rescale + tl.sum(p * (p > 0.01), axis=1)",
+    ),
+    "keys behind the last one count": (
+        "attention.py",
+        "return (j < keys)[None, :]",
+        "return (j >= 0)[None, :]",
+    ),
+    "causal aligned at the top left": (
+        "attention.py",
+        "tl.arange(0, M) + keys - queries\n        return",
+        "tl.arange(0, M)\n        return",
+    ),
+    "minus infinity subtracted from itself": (
+        "attention.py",
+        'base = tl.where(now == float("-inf"), 0.0, now)',
+        "base = now",
+    ),
+    "the last block of keys left out": (
+        "attention.py",
+        "for first_key in range(0, end, N):",
+        "for first_key in range(0, end - 1, N):",
+    ),
+    "no 1 / (1 - p) in dv": (
+        "attention.py",
+        "_store_rows(dv, dvalues * kept_scale, row",
+        "_store_rows(dv, dvalues, row",
+    ),
+    "the gradient of what was dropped": (
+        "attention.py",
+        "dp = tl.where(keep, dp * kept_scale, 0.0)",
+        "dp = dp * kept_scale",
+    ),
+    "no row dots": (
+        "attention.py",
+        "p * (dp - dots[:, None])",
+        "p * dp",
+    ),
+    "dq without its scale": (
+        "attention.py",
+        "_store_rows(dq, drows * scale, begin_q,",
+        "_store_rows(dq, drows, begin_q,",
+    ),
+    "the first head's mask for all": (
+        "attention.py",
+        "number = (begin_q + r) * heads + h",
+        "number = (begin_q + r) * heads",
+    ),
+    "lanes of the row-wise layout": (
+        "_dropout.py",
+        "tl.permute(lanes, (0, 1, 3, 2))",
+        "tl.permute(lanes, (0, 1, 2, 3))",
+    ),
+    "storage keeps what was there": (
+        "attention.py",
+        "while first < tokens:",
+        "while first < 0 * tokens:",
+    ),
+    "the sequence before is found": (
+        "attention.py",
+        "i = tl.maximum(found - 1, 0)",
+        "i = tl.maximum(found - 2, 0)",
+    ),
+    "every block of keys has the first one's mask": (
+        "attention.py",
+        "threshold, number, first_key, N), p, 0.0)",
+        "threshold, number, 0, N), p, 0.0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("attention", "triton")
 
 
 BAD = {

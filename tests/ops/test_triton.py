@@ -29,6 +29,7 @@ SMALL = {
     "gelu": testing.gelu_case(37, 101, name="small"),
     "embedding": testing.embedding_case(100, 24, name="small", dropout_p=0.1, vocabulary=3),
     "dropout": testing.dropout_case(37, 101, name="small"),
+    "attention": testing.attention_case([37, 5], 2, 16, name="small", dropout_p=0.1),
 }
 
 
@@ -71,22 +72,21 @@ def test_masks_are_the_reference_masks(columns, dtype):
     x = torch.ones(50, columns, dtype=dtype)
     weight, bias = torch.zeros(columns, dtype=dtype), torch.ones(columns, dtype=dtype)
     ids, table = torch.zeros(50, dtype=torch.int64), torch.ones(1, columns, dtype=dtype)
-    for seed in map(testing.seed_tensor, SEEDS):
-        for site in SITES:
+    for seed, site in zip(map(testing.seed_tensor, SEEDS), SITES, strict=True):
 
-            def masks(backend, seed=seed, site=site):
-                norm = (x, weight, bias, None, seed, 1e-12, 20000, site, True)
-                lookup = (ids, None, ids, table, None, table, weight, bias, seed, 1e-12, 20000)
-                return (
-                    kernel("dropout", backend).forward(x, seed, 20000, site),
-                    kernel("layernorm", backend).forward(*norm)[1],
-                    kernel("embedding", backend).forward(*lookup, site, dtype)[0],
-                )
+        def masks(backend, seed=seed, site=site):
+            norm = (x, weight, bias, None, seed, 1e-12, 20000, site, True)
+            lookup = (ids, None, ids, table, None, table, weight, bias, seed, 1e-12, 20000)
+            return (
+                kernel("dropout", backend).forward(x, seed, 20000, site),
+                kernel("layernorm", backend).forward(*norm)[1],
+                kernel("embedding", backend).forward(*lookup, site, dtype)[0],
+            )
 
-            for got, expected in zip(masks("triton"), masks("reference"), strict=True):
-                assert torch.equal(got != 0, expected != 0)
-                if columns > 8:
-                    assert 0.2 < (got != 0).double().mean() < 0.9
+        for got, expected in zip(masks("triton"), masks("reference"), strict=True):
+            assert torch.equal(got != 0, expected != 0)
+            if columns > 8:
+                assert 0.2 < (got != 0).double().mean() < 0.9
 
 
 def test_the_mask_of_rows_beyond_two_to_the_32(monkeypatch):
@@ -127,6 +127,14 @@ def test_any_shape_and_layout(data):
         )
     elif word == "dropout":
         case = testing.dropout_case(rows, columns, name="any", p=p or 0.5, layout=layout)
+    elif word == "attention":
+        # Not one key alone, whose softmax is 1 whatever its score is: again a gradient of 0.
+        case = testing.attention_case(
+            data.draw(st.lists(st.sampled_from([0, 7, 64, 65, 100]), max_size=2)),
+            data.draw(st.integers(1, 2)), min(columns, 256), name="any", storage=rows,
+            causal=some, dropout_p=p, packed=data.draw(st.booleans()), layout=layout,
+            upstream=upstream,
+        )  # fmt: skip
     else:
         case = testing.embedding_case(
             rows, columns, name="any", dropout_p=p, token_types=some, upstream=upstream,
@@ -171,7 +179,10 @@ def test_ids_of_any_value_stay_in_bounds(data):
 
 
 def test_more_rows_than_a_grid_has_in_its_second_dimension():
-    testing.run_gate(testing.dropout_case(66_000, 8, name="many_rows"), torch.float32, "triton")
+    x = torch.ones(66_000, 8)
+    options = {"p": 0.1, "seed": testing.seed_tensor(), "site": 3}
+    expected = ops.dropout(x, **options, backend="reference")
+    torch.testing.assert_close(ops.dropout(x, **options, backend="triton"), expected)
 
 
 def test_what_it_does_not_take():
@@ -204,6 +215,28 @@ def test_on_a_gpu_it_takes_cuda_tensors(monkeypatch):
     assert triton.unsupported(Cuda()) is None
     Properties.major = 7
     assert "compute capability below 8.0" in triton.unsupported(Cuda())
+
+
+def test_attention_in_float32_needs_shared_memory(monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", False)
+
+    class Properties:
+        major, shared_memory_per_block_optin = 8, 101376
+
+    class Cuda:
+        is_cuda, is_cpu, dtype = True, False, torch.float32
+        device, shape = torch.device("cuda", 0), (3, 2, 64)
+
+        def dim(self):
+            return 3
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    takes, x = kernel("attention", "triton").supports, Cuda()
+    assert takes(x) is None
+    Cuda.shape = (3, 2, 100)
+    assert "need 114688 bytes of shared memory in a block; cuda:0 has 101376" in takes(x)
+    Cuda.dtype = torch.float16
+    assert takes(x) is None
 
 
 def test_nothing_is_interpreted_unasked():

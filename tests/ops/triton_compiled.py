@@ -34,6 +34,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 Report = dict[str, Any]
+_PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+_COUNTED = (*_PRODUCTS, "st.shared", "stmatrix", "bar.sync")
 
 
 class NoGpu:
@@ -78,13 +80,20 @@ def report(compiled: Any) -> Report:
     for vector, bits in re.findall(access, compiled.asm["ptx"]):
         width = str(int(vector or 1) * int(bits) // 8)
         widths[width] = widths.get(width, 0) + 1
-    return {
+    made = {
         "warps": compiled.metadata.num_warps,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": compiled.metadata.shared,
         "global_access_bytes": dict(sorted(widths.items(), key=lambda item: int(item[0]))),
     }
+    # Of kernels with products: what multiplies, and what goes through shared memory.
+    counts = {
+        name: len(re.findall(rf"\b{re.escape(name)}\b", compiled.asm["ptx"])) for name in _COUNTED
+    }
+    if any(counts[name] for name in _PRODUCTS):
+        made["instructions"] = {name: count for name, count in counts.items() if count}
+    return made
 
 
 # Sizes of BERT-base and -large, and rows that no tile holds. Kernels do not depend on the number of
@@ -110,6 +119,28 @@ def cases() -> Iterator[testing.Case]:
         yield testing.layernorm_case(8, columns, name=str(columns), dropout_p=0.1)
 
 
+# Length and head dim: a head's backward in one program, in two passes, and heads of all widths.
+ATTENTION = {
+    "64x64": ("bfloat16",),
+    "128x64": DTYPES,
+    "512x64": ("bfloat16", "float16"),
+    "128x32": ("bfloat16",),
+    "512x128": ("bfloat16",),
+    "512x256": ("bfloat16",),
+}
+
+
+def attention_cases() -> Iterator[tuple[testing.Case, tuple[str, ...]]]:
+    for size, dtypes in ATTENTION.items():
+        length, head_dim = map(int, size.split("x"))
+        for p in (0.0, 0.1):
+            case = testing.attention_case(
+                [length] * 2, 2, head_dim, name=f"{size} p{p}", packed=True, dropout_p=p
+            )
+            # Unrolled products in float32 take half a minute to compile: once is enough.
+            yield case, tuple(d for d in dtypes if d != "float32" or p > 0)
+
+
 def launch(case: testing.Case, dtype: torch.dtype) -> None:
     """The launchers, forward and backward, that the op calls; their results are of no interest."""
     tensors = case.inputs(dtype)
@@ -131,12 +162,14 @@ def launch(case: testing.Case, dtype: torch.dtype) -> None:
 def table(architecture: str) -> dict[str, Report]:
     """``{"word case kernel dtype": report}`` of every kernel for one architecture."""
     driver.set_active(NoGpu(int(architecture)))
+    bertfast.kernels.triton.architecture = lambda device: f"sm_{architecture}"
     launches: list[Any] = []
     run, JITFunction.run = JITFunction.run, compiling(launches)
     rows = {}
     try:
-        for case in cases():
-            for dtype in DTYPES:
+        everything = [*((case, DTYPES) for case in cases()), *attention_cases()]
+        for case, dtypes in everything:
+            for dtype in dtypes:
                 launches.clear()
                 launch(case, getattr(torch, dtype))
                 for compiled in launches:

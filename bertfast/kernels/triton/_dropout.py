@@ -47,3 +47,36 @@ def keep_rows(seed, site, threshold, rows, first_column, COLUMNS: tl.constexpr):
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     lanes = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(lanes, (ROWS, COLUMNS)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def keep_scores(seed, site, threshold, rows, first_key, KEYS: tl.constexpr):
+    """True where attention keeps a probability.
+
+    Args:
+        seed, site, threshold: as the op has them.
+        rows: int64 ``(ROWS,)``, the numbers of the rows.
+        first_key: a multiple of 64, as KEYS is.
+
+    Returns:
+        int1 ``(ROWS, KEYS)``. A tensor core's accumulator with queries as rows holds the columns
+        ``c``, ``8 + c``, ... ``56 + c`` of a block of 64 in one thread: the lanes of one group.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    key = tl.load(seed)
+    group = (first_key // 8 + tl.arange(0, KEYS // 8)).to(tl.uint32)
+    row = rows[:, None]
+    nothing = tl.zeros((ROWS, KEYS // 8), tl.uint32)
+    w0, w1, w2, w3 = philox(
+        group[None, :] + nothing,
+        row.to(tl.uint32) + nothing,
+        (row >> 32).to(tl.uint32) + nothing,
+        nothing + site.to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    lanes = tl.reshape(lanes, (ROWS, KEYS // 64, 8, 8))
+    lanes = tl.permute(lanes, (0, 1, 3, 2))
+    return tl.reshape(lanes, (ROWS, KEYS)) >= threshold.to(tl.uint32)
