@@ -66,11 +66,7 @@ def tune(
     module = importlib.import_module(f"bertfast.kernels.triton.{word}")
     case, (dtype, _) = entry.subject.case, precision(entry.dtype)
     columns = case.inputs(dtype)[case.grads[0]].shape[-1]
-    name = entry.tile.removeprefix(f"{word}_")
-    if hasattr(module, "tile_of"):
-        choose = functools.partial(module.tile_of, name)
-    else:
-        choose = getattr(module, f"{name}_tile", module.forward_tile)
+    choose = functools.partial(module.tile_of, entry.tile)
     where = torch.device(device)
     default = choose(columns, where)
     tiles = table.setdefault(triton.architecture(where), {}).setdefault(entry.tile, {})
@@ -126,7 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     # Last, so that this folder's bertfast does not stand in for an installed one.
     sys.path.append(str(ROOT))
-    from benchmarks.gpu.place import Place
+    from benchmarks.gpu.place import Place, benchmark_of
     from benchmarks.gpu.timing import in_turns
 
     def measure(call: Callable[[], Any]) -> float:
@@ -141,7 +137,7 @@ def main() -> None:
     table.clear()
     table.update(json.loads(TABLE_FILE.read_text()))
     for word in arguments.words or place.words():
-        for entry in importlib.import_module(f"benchmarks.bench_{word}").on_gpu(dry=False):
+        for entry in benchmark_of(word).on_gpu(dry=False):
             if entry.tile and "triton" in place.backends(word):
                 print(f"{word} {entry.name}")
                 tune(word, entry, table, done, device="cuda:0", measure=measure)

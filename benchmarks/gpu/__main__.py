@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INCOMPLETE = 75
 
 
-def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make gpu", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -33,7 +33,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no unit after these")
     parser.add_argument("--under-sanitizer", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """What a gate does not see: repeats, compilation, graphs, streams, devices, sizes, bad accesses."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -15,13 +14,10 @@ from torch import Tensor
 from bertfast import testing
 from bertfast.testing import Case
 
-from .place import Place
+from .place import Place, benchmark_of
 
 Result = dict[str, Any]
 Check = Callable[[Place, str, str], Result]
-
-# The dtype of the checks that look at one only.
-_DTYPE = {False: torch.bfloat16, True: torch.float32}
 
 
 def is_sticky(error: BaseException) -> bool:
@@ -47,7 +43,7 @@ class _Call:
 
     def __init__(self, place: Place, word: str, backend: str, device: str | None = None) -> None:
         self.case, self.backend = _case(place, word), backend
-        tensors = self.case.inputs(_DTYPE[place.dry], device=device or place.device)
+        tensors = self.case.inputs(place.dtype, device=device or place.device)
         self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
         self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
         self.dout = testing.upstream_gradient(self.forward().detach(), "contiguous")
@@ -77,7 +73,7 @@ def compiled(place: Place, word: str, backend: str) -> Result:
     compiler = "aot_eager" if place.dry else "inductor"
     try:
         call = torch.compile(case.op, fullgraph=True, backend=compiler)
-        testing.run_gate(case, _DTYPE[place.dry], backend, device=place.device, apply=call)
+        testing.run_gate(case, place.dtype, backend, device=place.device, apply=call)
     finally:
         torch.compiler.reset()
     return {"green": True, "compiler": compiler}
@@ -140,8 +136,7 @@ def device(place: Place, word: str, backend: str) -> Result:
 def large(place: Place, word: str, backend: str) -> Result:
     """Behind more elements than an int32 can count."""
     elements = 1 << 14 if place.dry else (1 << 31) + (1 << 20)
-    module = importlib.import_module(f"benchmarks.bench_{word}")
-    got, expected = module.large(backend, place.device, elements)
+    got, expected = benchmark_of(word).large(backend, place.device, elements)
     return {"green": torch.equal(got, expected), "elements": elements}
 
 

@@ -1,8 +1,10 @@
 """Where the units run: a GPU, or for a dry run the CPU, where GPU kernels are interpreted."""
 
+import importlib
 import subprocess
 import time
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +13,11 @@ from bertfast import testing
 from bertfast.backends import ON_GPU, TABLE, kernel
 
 from .. import kernels
+
+
+def benchmark_of(word: str) -> ModuleType:
+    """The module that says what is timed of an op."""
+    return importlib.import_module(f"benchmarks.bench_{word}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,11 @@ class Place:
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the checks that look at one only."""
+        return torch.float32 if self.dry else torch.bfloat16
 
     def backends(self, word: str) -> list[str]:
         """The GPU backends that run ``word`` here, in some dtype."""

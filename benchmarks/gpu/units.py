@@ -4,18 +4,16 @@ A new op or backend is in here by its word in ``bertfast.backends.TABLE``, its c
 ``bertfast.testing`` and its ``on_gpu`` and ``large`` in ``bench_<word>.py``.
 """
 
-import importlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from bertfast import testing
 
 from ..kernels import Subject
 from . import checks, timing
-from .place import Place
+from .place import Place, benchmark_of
 
 Result = dict[str, Any]
 PARTS = ("gates", "checks", "bench")
@@ -41,10 +39,6 @@ class Unit:
     @property
     def key(self) -> str:
         return "/".join(filter(None, (self.part, self.word, self.backend, self.name)))
-
-
-def benchmark_of(word: str) -> ModuleType:
-    return importlib.import_module(f"benchmarks.bench_{word}")
 
 
 def all_units(place: Place, words: Iterable[str]) -> list[Unit]:

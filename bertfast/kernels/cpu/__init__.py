@@ -69,11 +69,6 @@ def dtype_code(x: Tensor) -> int:
     return _DTYPES[x.dtype]
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: contiguous, and without the sign torch may keep as a mere flag."""
-    return x.resolve_neg().contiguous() if x.is_neg() else x.contiguous()
-
-
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

@@ -4,16 +4,12 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
+from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
+from bertfast.kernels.layout import by_head, dense
 
 
 def supports(x: Tensor) -> str | None:
     return cpu.unsupported(x)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: any strides, but the elements of a head side by side."""
-    return x if x.stride(-1) == 1 and not x.is_neg() else dense(x)
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -34,7 +30,7 @@ def forward(
     threshold: int,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    q, k, v = by_head(q), by_head(k), by_head(v)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     queries, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
@@ -87,7 +83,7 @@ def backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes dq, dk and dv into ``gradients``, which may be strided views."""
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    q, k, v = by_head(q), by_head(k), by_head(v)
     dout, out, logsumexp = dense(dout), dense(out), dense(logsumexp)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     dq, dk, dv = gradients

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import check_launch, dense, dtype_code, threads
+from bertfast.kernels.cpu import check_launch, dtype_code, threads
+from bertfast.kernels.layout import dense
 
 
 def supports(x: Tensor) -> str | None:

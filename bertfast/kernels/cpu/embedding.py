@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
+from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
+from bertfast.kernels.layout import dense, dense_or_none
 
 # How many tokens' shares of a table's gradient are summed at a time.
 _CHUNK = 64
@@ -12,10 +13,6 @@ _CHUNK = 64
 
 def supports(x: Tensor) -> str | None:
     return cpu.unsupported(x)
-
-
-def _dense_or_none(x: Tensor | None) -> Tensor | None:
-    return None if x is None else dense(x)
 
 
 def _rows(table: Tensor | None) -> int:
@@ -42,7 +39,7 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     input_ids, position_ids = dense(input_ids), dense(position_ids)
-    token_type_ids, token_type = _dense_or_none(token_type_ids), _dense_or_none(token_type)
+    token_type_ids, token_type = dense_or_none(token_type_ids), dense_or_none(token_type)
     word, position, weight, bias = dense(word), dense(position), dense(weight), dense(bias)
     tokens, columns = input_ids.numel(), word.shape[1]
     # float16, which only autocast asks for, is not the kernel's to write.
@@ -100,7 +97,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dout = dense(dout.float() if dout.dtype == torch.float16 else dout)
     input_ids, position_ids = dense(input_ids), dense(position_ids)
-    token_type_ids, token_type = _dense_or_none(token_type_ids), _dense_or_none(token_type)
+    token_type_ids, token_type = dense_or_none(token_type_ids), dense_or_none(token_type)
     word, position, weight = dense(word), dense(position), dense(weight)
     tokens, columns = input_ids.numel(), word.shape[1]
     blocks = cpu.row_blocks(tokens)

@@ -4,25 +4,19 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
+from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
+from bertfast.kernels.layout import dense, rows_and_columns
 
 
 def supports(x: Tensor) -> str | None:
     return cpu.unsupported(x)
 
 
-def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """Rows and columns; without a bias the rows' ends mean nothing, and all is one row."""
-    if bias is None:
-        return 1, x.numel()
-    return x.numel() // bias.shape[0] if bias.shape[0] else 0, bias.shape[0]
-
-
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = dense(x)
     bias = None if bias is None else dense(bias)
     out = torch.empty_like(x)
-    rows, columns = _shape(x, bias)
+    rows, columns = rows_and_columns(x, bias)
     status = cpu.library().gelu_forward(
         x.data_ptr(),
         address(bias),
@@ -44,7 +38,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     dout, x = dense(dout), dense(x)
     dx = torch.empty_like(x)
-    rows, columns = _shape(x, bias)
+    rows, columns = rows_and_columns(x, bias)
     blocks = cpu.row_blocks(rows)
     if bias is None:
         partial, dbias = None, x.new_empty(0)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dense, dtype_code, threads
+from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
+from bertfast.kernels.layout import dense, dense_or_none
 
 
 def supports(x: Tensor) -> str | None:
@@ -23,7 +24,7 @@ def forward(
     needs_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias = dense(x), dense(weight), dense(bias)
-    residual = None if residual is None else dense(residual)
+    residual = dense_or_none(residual)
     columns = x.shape[-1]
     rows = x.numel() // columns
     out = torch.empty_like(x)

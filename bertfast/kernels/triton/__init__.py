@@ -89,15 +89,6 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: contiguous, and without the sign torch may keep as a mere flag."""
-    return x.resolve_neg().contiguous() if x.is_neg() else x.contiguous()
-
-
-def dense_or_none(x: Tensor | None) -> Tensor | None:
-    return None if x is None else dense(x)
-
-
 def signed(word: int) -> int:
     """A 32-bit word as an int32, so that Triton types all of them alike."""
     return word - (1 << 32) if word >= 1 << 31 else word

@@ -17,6 +17,27 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def _lanes(seed, site, rows, first_group, GROUPS: tl.constexpr):
+    """The 16-bit lanes of ``GROUPS`` column groups: ``(ROWS, GROUPS, 2, 2, 2)``, the eight of a
+    group in order and in one thread."""
+    key = tl.load(seed)
+    group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)
+    row = rows[:, None]
+    nothing = tl.zeros((rows.shape[0], GROUPS), tl.uint32)
+    w0, w1, w2, w3 = philox(
+        group[None, :] + nothing,
+        row.to(tl.uint32) + nothing,
+        (row >> 32).to(tl.uint32) + nothing,
+        nothing + site.to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
+    )
+    # Words in order along two dimensions, then their halves.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.join(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
 def keep_rows(seed, site, threshold, rows, first_column, COLUMNS: tl.constexpr):
     """True where a row-wise op keeps an element.
 
@@ -29,24 +50,8 @@ def keep_rows(seed, site, threshold, rows, first_column, COLUMNS: tl.constexpr):
     Returns:
         int1 ``(ROWS, COLUMNS)``.
     """
-    ROWS: tl.constexpr = rows.shape[0]
-    GROUPS: tl.constexpr = COLUMNS // 8
-    key = tl.load(seed)
-    group = (first_column // 8 + tl.arange(0, GROUPS)).to(tl.uint32)
-    row = rows[:, None]
-    nothing = tl.zeros((ROWS, GROUPS), tl.uint32)
-    w0, w1, w2, w3 = philox(
-        group[None, :] + nothing,
-        row.to(tl.uint32) + nothing,
-        (row >> 32).to(tl.uint32) + nothing,
-        nothing + site.to(tl.uint32),
-        key.to(tl.uint32),
-        (key >> 32).to(tl.uint32),
-    )
-    # Words in order along the last two dimensions, then their halves: eight lanes of one thread.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, (ROWS, COLUMNS)) >= threshold.to(tl.uint32)
+    lanes = _lanes(seed, site, rows, first_column // 8, COLUMNS // 8)
+    return tl.reshape(lanes, (rows.shape[0], COLUMNS)) >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -62,21 +67,7 @@ def keep_scores(seed, site, threshold, rows, first_key, KEYS: tl.constexpr):
         int1 ``(ROWS, KEYS)``. A tensor core's accumulator with queries as rows holds the columns
         ``c``, ``8 + c``, ... ``56 + c`` of a block of 64 in one thread: the lanes of one group.
     """
-    ROWS: tl.constexpr = rows.shape[0]
-    key = tl.load(seed)
-    group = (first_key // 8 + tl.arange(0, KEYS // 8)).to(tl.uint32)
-    row = rows[:, None]
-    nothing = tl.zeros((ROWS, KEYS // 8), tl.uint32)
-    w0, w1, w2, w3 = philox(
-        group[None, :] + nothing,
-        row.to(tl.uint32) + nothing,
-        (row >> 32).to(tl.uint32) + nothing,
-        nothing + site.to(tl.uint32),
-        key.to(tl.uint32),
-        (key >> 32).to(tl.uint32),
-    )
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    lanes = tl.reshape(lanes, (ROWS, KEYS // 64, 8, 8))
+    lanes = _lanes(seed, site, rows, first_key // 8, KEYS // 8)
+    lanes = tl.reshape(lanes, (rows.shape[0], KEYS // 64, 8, 8))
     lanes = tl.permute(lanes, (0, 1, 3, 2))
-    return tl.reshape(lanes, (ROWS, KEYS)) >= threshold.to(tl.uint32)
+    return tl.reshape(lanes, (rows.shape[0], KEYS)) >= threshold.to(tl.uint32)

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.triton import Tile, dense, on_device, signed
+from bertfast.kernels.layout import by_head, dense
+from bertfast.kernels.triton import Tile, on_device, signed
 from bertfast.kernels.triton._dropout import keep_scores
 from bertfast.ops.dropout import dropout_scale
 
@@ -119,6 +120,7 @@ def _visible(
     if CAUSAL:
         last = first + tl.arange(0, M) + keys - queries
         return (j[None, :] <= last[:, None]) & (j < keys)[None, :]
+    # Spelt out for every row: a mask that is broadcast later takes up to ten registers more.
     return (j < keys)[None, :] & (tl.arange(0, M) >= 0)[:, None]
 
 
@@ -283,7 +285,7 @@ def _backward_keys(
         values = _load_rows(v, row, v_token, h * v_head, left, head_dim, N, D)
         dcolumns = tl.zeros((N, D), tl.float32)
         dvalues = tl.zeros((N, D), tl.float32)
-        begin = first_key * 0
+        begin = 0
         if CAUSAL:
             # The first query that sees the first of these keys, at a block's start.
             begin = tl.maximum(first_key + queries - keys, 0) // M * M
@@ -357,11 +359,6 @@ def _backward_queries(
         )  # fmt: skip
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: any strides, but the elements of a head side by side."""
-    return x if x.stride(-1) == 1 and not x.is_neg() else dense(x)
-
-
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(x.stride(i) for x in tensors for i in (0, 1))
 
@@ -397,23 +394,23 @@ def _generation(device: torch.device) -> int:
 # (0): the largest that leave no register to be spilled with or without dropout, in 16 bits, which
 # tests/ops/triton_compiled.json shows. Generation 8 has both operands of a product in registers.
 _TILES = {
-    "forward": [
+    "attention_forward": [
         (0, 256, (32, 8, 1)),
         (0, 128, (128, 8, 2)),
         (10, 64, (128, 8, 1)),
         (10, 32, (128, 8, 2)),
     ],
     # Of sequences with at most 64 queries.
-    "short_forward": [
+    "attention_short_forward": [
         (0, 256, (32, 8, 1)),
         (0, 128, (64, 8, 2)),
         (0, 64, (64, 4, 2)),
         (10, 32, (64, 4, 1)),
     ],
-    "heads": [(0, 64, (128, 8, 2))],
-    "short_heads": [(0, 64, (64, 8, 2)), (0, 32, (64, 4, 2))],
-    "keys": [(0, 256, (16, 8, 1)), (0, 128, (32, 8, 1)), (0, 64, (64, 4, 1))],
-    "queries": [
+    "attention_heads": [(0, 64, (128, 8, 2))],
+    "attention_short_heads": [(0, 64, (64, 8, 2)), (0, 32, (64, 4, 2))],
+    "attention_keys": [(0, 256, (16, 8, 1)), (0, 128, (32, 8, 1)), (0, 64, (64, 4, 1))],
+    "attention_queries": [
         (0, 256, (32, 8, 1)),
         (0, 128, (64, 8, 2)),
         (9, 64, (64, 4, 2)),
@@ -422,24 +419,21 @@ _TILES = {
 }
 
 
-def _tile(kernel: str, width: int, q: Tensor) -> Tile:
+def tile_of(
+    kernel: str, head_dim: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Tile:
     """What a kernel's programs work on: measured, or the last that fits in :data:`_TILES`."""
-    if q.dtype == torch.float32:
+    width = _head_block(head_dim)
+    if dtype == torch.float32:
         # Products on the plain cores, whose operands are all in registers.
-        return Tile(32 if kernel == "queries" and width <= 64 else 16, width, 8)
-    measured = shared.measured_tile(f"attention_{kernel}", width, q.device)
+        return Tile(32 if kernel == "attention_queries" and width <= 64 else 16, width, 8)
+    measured = shared.measured_tile(kernel, width, device)
     if measured is not None:
         return measured
-    generation = _generation(q.device)
+    generation = _generation(device)
     fitting = [tile for of, most, tile in _TILES[kernel] if width <= most and of in (0, generation)]
     rows, warps, stages = fitting[-1]
     return Tile(rows, width, warps, stages=stages)
-
-
-def tile_of(kernel: str, head_dim: int, device: torch.device) -> Tile:
-    """What ``benchmarks/tune.py`` starts from."""
-    like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    return _tile(kernel, _head_block(head_dim), like)
 
 
 def _fits_a_program(queries: int, width: int, q: Tensor) -> bool:
@@ -450,7 +444,8 @@ def _fits_a_program(queries: int, width: int, q: Tensor) -> bool:
 
 
 def _short(kernel: str, queries: int) -> str:
-    return f"short_{kernel}" if queries <= 64 else kernel
+    """The kernel's name in :data:`_TILES`, which for few queries is another."""
+    return f"attention_short_{kernel}" if queries <= 64 else f"attention_{kernel}"
 
 
 def forward(
@@ -467,14 +462,14 @@ def forward(
     threshold: int,
     site: int,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    q, k, v = by_head(q), by_head(k), by_head(v)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     tokens_q, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(heads, tokens_q, dtype=torch.float32, device=q.device)
     batch = cu_seqlens_q.shape[0] - 1
     width = _head_block(head_dim)
-    tile = _tile(_short("forward", max_seqlen_q), width, q)
+    tile = tile_of(_short("forward", max_seqlen_q), head_dim, q.device, q.dtype)
     programs, blocks, search = _programs(tokens_q, batch, max_seqlen_q, tile.rows)
     if programs == 0:
         return out.zero_(), logsumexp.zero_()
@@ -508,7 +503,7 @@ def backward(
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes dq, dk and dv into ``gradients``, which may be strided views."""
-    q, k, v = _by_head(q), _by_head(k), _by_head(v)
+    q, k, v = by_head(q), by_head(k), by_head(v)
     dout, out, logsumexp = dense(dout), dense(out), dense(logsumexp)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     dq, dk, dv = gradients
@@ -525,7 +520,7 @@ def backward(
     )  # fmt: skip
     with on_device(q):
         if _fits_a_program(max_seqlen_q, width, q):
-            tile = _tile(_short("heads", max_seqlen_q), width, q)
+            tile = tile_of(_short("heads", max_seqlen_q), head_dim, q.device, q.dtype)
             _backward_heads[batch, heads](
                 dout, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seed,
                 *sizes, heads, head_dim, *_strides(q, k, v, dq, dk, dv), *options, _precision(q),
@@ -537,14 +532,14 @@ def backward(
             _row_dots[triton.cdiv(tokens_q, 64), heads](
                 dout, out, dots, tokens_q, heads, head_dim, 64, width
             )
-        tile = _tile("keys", width, q)
+        tile = tile_of("attention_keys", head_dim, q.device, q.dtype)
         programs, blocks, search = _programs(tokens_k, batch, max(max_seqlen_k, 1), _KEYS)
         _backward_keys[programs, heads](
             dout, q, k, v, logsumexp, dots, dk, dv, cu_seqlens_q, cu_seqlens_k, seed,
             *sizes, blocks, heads, head_dim, *_strides(q, k, v, dk, dv), *options, search,
             _precision(q), tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        tile = _tile("queries", width, q)
+        tile = tile_of("attention_queries", head_dim, q.device, q.dtype)
         programs, blocks, search = _programs(tokens_q, batch, max(max_seqlen_q, 1), tile.rows)
         _backward_queries[programs, heads](
             dout, q, k, v, logsumexp, dots, dq, cu_seqlens_q, cu_seqlens_k, seed,

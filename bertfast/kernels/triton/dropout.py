@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.triton import Tile, dense, on_device, signed
+from bertfast.kernels.layout import dense
+from bertfast.kernels.triton import Tile, on_device, signed
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.ops.dropout import dropout_scale
 
@@ -30,15 +31,15 @@ def _forward(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-def forward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile("dropout", columns, device, elements=4096, widest=1024, per_thread=32)
+def tile_of(kernel: str, columns: int, device: torch.device) -> Tile:
+    return shared.tile(kernel, columns, device, elements=4096, widest=1024, per_thread=32)
 
 
 def forward(x: Tensor, seed: Tensor, threshold: int, site: int) -> Tensor:
     x = dense(x)
     out = torch.empty_like(x)
     columns = x.shape[-1]
-    t = forward_tile(columns, x.device)
+    t = tile_of("dropout", columns, x.device)
     if x.numel():
         rows, pieces = x.numel() // columns, triton.cdiv(columns, t.columns)
         with on_device(x):

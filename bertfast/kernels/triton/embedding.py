@@ -11,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.layout import dense, dense_or_none
 from bertfast.kernels.triton import (
     WIDEST_BLOCK,
     Tile,
-    dense,
-    dense_or_none,
     dropout,
     layernorm,
     on_device,
@@ -217,16 +216,14 @@ def _join_chunks(
         tl.store(to, total.to(dtable.dtype.element_ty), mask=inside)
 
 
-def forward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile(
-        "embedding_forward", columns, device, elements=2048, widest=WIDEST_BLOCK, per_thread=16
-    )
+_TILES = {
+    "embedding_forward": {"elements": 2048, "widest": WIDEST_BLOCK, "per_thread": 16},
+    "embedding_backward": {"elements": 2048, "widest": 4096, "per_thread": 8},
+}
 
 
-def backward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile(
-        "embedding_backward", columns, device, elements=2048, widest=4096, per_thread=8
-    )
+def tile_of(kernel: str, columns: int, device: torch.device) -> Tile:
+    return shared.tile(kernel, columns, device, **_TILES[kernel])
 
 
 def _rows(table: Tensor | None) -> int:
@@ -257,7 +254,7 @@ def forward(
     wrong = shared.interpreted and dtype == torch.bfloat16
     out = word.new_empty((*input_ids.shape, columns), dtype=torch.float32 if wrong else dtype)
     statistics = torch.empty(2, tokens, dtype=torch.float32, device=word.device)
-    t = forward_tile(columns, word.device)
+    t = tile_of("embedding_forward", columns, word.device)
     with on_device(word):
         if columns > t.columns:
             total = _gathered(ids, tables, sizes, t)
@@ -317,7 +314,7 @@ def backward(
     tables = dense(word), dense_or_none(token_type), dense(position)
     tokens, columns = input_ids.numel(), word.shape[1]
     sizes = word.shape[0], _rows(token_type), position.shape[0], tokens, columns
-    t = backward_tile(columns, word.device)
+    t = tile_of("embedding_backward", columns, word.device)
     with on_device(word):
         if columns > t.columns:
             dout = dout.view(tokens, columns)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.triton import MOST_COLUMNS, Tile, dense, dense_or_none, on_device
+from bertfast.kernels.layout import dense, dense_or_none, rows_and_columns
+from bertfast.kernels.triton import MOST_COLUMNS, Tile, on_device
 from bertfast.kernels.triton._norm import sum_one
 
 supports = shared.unsupported
@@ -130,31 +131,24 @@ def _backward(
         tl.store(partial + program * columns + c0 + c, dbias, mask=column_there)
 
 
-def forward_tile(columns: int, device: torch.device) -> Tile:
-    # Without a bias all is one long row.
-    widest = 4096 if columns > MOST_COLUMNS else 1024
-    return shared.tile("gelu_forward", columns, device, elements=4096, widest=widest, per_thread=32)
+_TILES = {
+    "gelu_forward": {"elements": 4096, "widest": 1024, "per_thread": 32},
+    "gelu_backward": {"elements": 2048, "widest": 512, "per_thread": 16},
+}
 
 
-def backward_tile(columns: int, device: torch.device) -> Tile:
-    widest = 2048 if columns > MOST_COLUMNS else 512
-    return shared.tile(
-        "gelu_backward", columns, device, elements=2048, widest=widest, per_thread=16
-    )
-
-
-def _shape(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """Rows and columns; without a bias the rows' ends mean nothing, and all is one row."""
-    if bias is None:
-        return 1, x.numel()
-    return x.numel() // bias.shape[0] if bias.shape[0] else 0, bias.shape[0]
+def tile_of(kernel: str, columns: int, device: torch.device) -> Tile:
+    # Without a bias all is one long row, four times as much of which makes up for the other rows.
+    known = _TILES[kernel]
+    widest = known["widest"] * (4 if columns > MOST_COLUMNS else 1)
+    return shared.tile(kernel, columns, device, **{**known, "widest": widest})
 
 
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x, bias = dense(x), dense_or_none(bias)
     out = torch.empty_like(x)
-    rows, columns = _shape(x, bias)
-    t = forward_tile(columns, x.device)
+    rows, columns = rows_and_columns(x, bias)
+    t = tile_of("gelu_forward", columns, x.device)
     if x.numel():
         pieces = triton.cdiv(columns, t.columns)
         with on_device(x):
@@ -170,8 +164,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     dout, x, bias = dense(dout), dense(x), dense_or_none(bias)
     dx = torch.empty_like(x)
-    rows, columns = _shape(x, bias)
-    t = backward_tile(columns, x.device)
+    rows, columns = rows_and_columns(x, bias)
+    t = tile_of("gelu_backward", columns, x.device)
     tiles, pieces = triton.cdiv(rows, t.rows), triton.cdiv(columns, t.columns)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     partial, programs = None, tiles

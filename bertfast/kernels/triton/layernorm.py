@@ -1,4 +1,7 @@
-"""layernorm in Triton: rows of up to 8192 columns in one tile, longer ones in pieces."""
+"""layernorm in Triton: rows of up to 8192 columns in one tile, longer ones in pieces.
+
+Of up to 2048, where the number of columns is no multiple of 16.
+"""
 
 import torch
 import triton
@@ -6,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.triton import WIDEST_BLOCK, Tile, dense, dense_or_none, on_device, signed
+from bertfast.kernels.layout import dense, dense_or_none
+from bertfast.kernels.triton import WIDEST_BLOCK, Tile, on_device, signed
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both, without_rest
 from bertfast.ops.dropout import dropout_scale
@@ -210,22 +214,15 @@ def _backward_long(
     tl.store(to + columns, dbias, mask=c0 + c < columns)
 
 
-def forward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile(
-        "layernorm_forward", columns, device, elements=2048, widest=WIDEST_BLOCK, per_thread=16
-    )
+_TILES = {
+    "layernorm_forward": {"elements": 2048, "widest": WIDEST_BLOCK, "per_thread": 16},
+    "layernorm_backward": {"elements": 2048, "widest": WIDEST_BLOCK, "per_thread": 16},
+    "layernorm_long_backward": {"elements": 2048, "widest": 1024, "per_thread": 16},
+}
 
 
-def backward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile(
-        "layernorm_backward", columns, device, elements=2048, widest=WIDEST_BLOCK, per_thread=16
-    )
-
-
-def long_backward_tile(columns: int, device: torch.device) -> Tile:
-    return shared.tile(
-        "layernorm_long_backward", columns, device, elements=2048, widest=1024, per_thread=16
-    )
+def tile_of(kernel: str, columns: int, device: torch.device) -> Tile:
+    return shared.tile(kernel, columns, device, **_TILES[kernel])
 
 
 def forward(
@@ -247,7 +244,7 @@ def forward(
     keeps_sum = needs_backward and (residual is not None or seed is not None)
     total = torch.empty_like(x) if keeps_sum else None
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    t = forward_tile(columns, x.device)
+    t = tile_of("layernorm_forward", columns, x.device)
     arguments = (
         x, residual, weight, bias, out, total, statistics, seed,
         rows, columns, eps, threshold, signed(site), dropout_scale(threshold),
@@ -282,10 +279,10 @@ def backward(
     dresidual = torch.empty_like(total) if both else None
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     device = total.device
-    t = backward_tile(columns, device)
+    t = tile_of("layernorm_backward", columns, device)
     long = columns > t.columns
     if long:
-        t = long_backward_tile(columns, device)
+        t = tile_of("layernorm_long_backward", columns, device)
     tiles, pieces = triton.cdiv(rows, t.rows), triton.cdiv(columns, t.columns)
     programs = shared.programs_for(device, t.per_processor, tiles, pieces)
     partial = torch.empty(programs, 2, columns, dtype=torch.float32, device=device)
