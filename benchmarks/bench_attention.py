@@ -79,7 +79,8 @@ def useful_flops(lengths: list[int], products: int) -> int:
 
 
 def on_gpu(dry: bool) -> list[OnGpu]:
-    """32,768 tokens in sequences of one length, and mixed ones, beside each of SDPA's kernels."""
+    """32,768 tokens in sequences of one length, and mixed ones, beside each of SDPA's kernels on
+    padded tensors, and those that take sequences of any lengths side by side."""
     batches = {f"{32768 // s}x{s}": [s] * (32768 // s) for s in SIZES}
     batches["512 of mean 34, longest 128"] = mixed_lengths(512, 34, 128)
     if dry:
@@ -88,30 +89,88 @@ def on_gpu(dry: bool) -> list[OnGpu]:
     for name, lengths in batches.items():
         for dropout_p in (0.1, 0.0):
             this = subject(name, dropout_p, lengths)
+            this.peers.update(_unpadded_peers(lengths, dropout_p))
             for kernel in SDPA:
                 this.peers[kernel.name] = dataclasses.replace(
                     this.peers["sdpa"], call=_with_kernel(this.peers["sdpa"].call, kernel)
                 )
-            for direction, products in (("training forward", 2), ("backward", 5)):
+            # Products, and tensors of qkv's third that are read or written.
+            for direction, products, tensors in (("forward", 2, 4), ("forward+backward", 7, 12)):
+                ahead, target = _targets(direction, lengths, dropout_p)
+                each = sum(lengths) * HEADS * HEAD_DIM * 2
                 entries.append(
                     OnGpu(
                         this,
                         direction,
                         "float32" if dry else "bfloat16",
-                        {"flops": useful_flops(lengths, products)},
-                        tile=_tile_name(direction, max(lengths)),
-                        peers=("sdpa",) if dry else ("eager", *(kernel.name for kernel in SDPA)),
+                        {"flops": useful_flops(lengths, products), "bytes": tensors * each},
+                        target=target,
+                        tiles=_tile_names(direction, max(lengths)),
+                        peers=("sdpa", "nested") if dry else tuple(this.peers),
+                        ahead={kernel.name: ahead for kernel in SDPA} if ahead else {},
                     )
                 )
     return entries
 
 
-def _tile_name(direction: str, longest: int) -> str:
-    """The one kernel that does this, or none: long sequences go backward in two."""
+def _targets(
+    direction: str, lengths: list[int], dropout_p: float
+) -> tuple[float | None, float | None]:
+    """How far ahead of each of SDPA's kernels to be, and the share of the ceiling to reach."""
+    longest = max(lengths)
+    if min(lengths) < longest:
+        return 2.0, None
+    ahead = None
+    if direction == "forward+backward" and 128 <= longest <= 512:
+        ahead = 1.3 if dropout_p else 1.0
+    return ahead, 0.6 if longest == 128 and not dropout_p else None
+
+
+def _tile_names(direction: str, longest: int) -> tuple[str, ...]:
+    """The kernels that do most of this; long sequences go backward in two."""
     short = "short_" if longest <= 64 else ""
-    if direction == "training forward":
-        return f"attention_{short}forward"
-    return f"attention_{short}heads" if longest <= 128 else ""
+    if direction == "forward":
+        return (f"attention_{short}forward",)
+    if longest <= 128:
+        return (f"attention_{short}heads",)
+    return ("attention_keys", "attention_queries")
+
+
+def _unpadded_peers(lengths: list[int], dropout_p: float) -> dict[str, Peer]:
+    """torch's own kernels for sequences of any lengths, side by side as ours take them: SDPA on
+    jagged nested tensors, and ``varlen_attn``, which has no dropout."""
+    longest, tokens = max(lengths), sum(lengths)
+
+    def inputs(dtype: str) -> Tensors:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: torch.randn(tokens, HEADS, HEAD_DIM, generator=generator).to(precision(dtype)[0])
+            for name in "qkv"
+        }
+        return {**tensors, "cu_seqlens": testing.cu_seqlens_of(lengths)}
+
+    def nested(t: Tensors) -> Tensor:
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(
+                t[name], t["cu_seqlens"], min_seqlen=min(lengths), max_seqlen=longest
+            ).transpose(1, 2)
+            for name in "qkv"
+        )
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        values: Tensor = out.transpose(1, 2).values()
+        return values
+
+    def varlen(t: Tensors) -> Tensor:
+        # Not in the oldest torch that is supported.
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu_seqlens = t["cu_seqlens"]
+        out = varlen_attn(t["q"], t["k"], t["v"], cu_seqlens, cu_seqlens, longest, longest)
+        assert isinstance(out, Tensor)
+        return out
+
+    calls = {"nested": nested} if dropout_p else {"nested": nested, "varlen": varlen}
+    return {name: Peer(call, inputs, tuple("qkv")) for name, call in calls.items()}
 
 
 def _with_kernel(call: Callable[[Tensors], Tensor], kernel: SDPBackend) -> Callable[..., Tensor]:

@@ -45,7 +45,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
     shape = "64x768" if dry else "32768x768"
     moved = {"bytes": 2 * bytes_of(shape, "bfloat16")}
     dtype = "float32" if dry else "bfloat16"
-    return [OnGpu(subject(shape, 0.1), "forward", dtype, moved, target=0.9, tile="dropout")]
+    return [OnGpu(subject(shape, 0.1), "forward", dtype, moved, target=0.9, tiles=("dropout",))]
 
 
 def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:

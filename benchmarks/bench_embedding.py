@@ -83,7 +83,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
             direction,
             "float32" if dry else "bfloat16",
             {"bytes": moved},
-            tile=f"embedding_{direction}",
+            tiles=(f"embedding_{direction}",),
         )
         for direction, moved in (("forward", 2 * each), ("backward", 2 * each + table))
     ]

@@ -55,7 +55,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
             "float32" if dry else "bfloat16",
             {"bytes": tensors * each},
             target=0.9,
-            tile=f"gelu_{direction}",
+            tiles=(f"gelu_{direction}",),
         )
         for approximate in ("none", "tanh")
         for direction, tensors in MOVED.items()

@@ -65,7 +65,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                         "float32" if dry else "bfloat16",
                         {"bytes": tensors * each},
                         target=target if dropout_p else None,
-                        tile=f"layernorm_{direction.split()[-1]}",
+                        tiles=(f"layernorm_{direction.split()[-1]}",),
                     )
                 )
     return entries

@@ -19,12 +19,24 @@ from typing import Any
 
 import torch
 
+# Words whose kernels multiply on the tensor cores.
+PRODUCTS = ("attention", "cross_entropy")
 ROOT = Path(__file__).resolve().parents[1]
 TABLE_FILE = ROOT / "bertfast" / "kernels" / "triton" / "tuned.json"
 
 
-def candidates(width: int, loops: bool) -> Iterator[dict[str, int]]:
-    """Tiles worth a try: 4 to 64 elements to a thread, at most 16384 in all."""
+def candidates(kernel: str, width: int) -> Iterator[dict[str, int]]:
+    """Tiles worth a try: of products, up to 128 rows, and loads up to four steps ahead; else 4 to
+    64 elements to a thread, at most 16384 in all."""
+    if kernel.startswith(PRODUCTS):
+        # One program has all queries of a head, and no other number of rows will do.
+        whole = {"attention_heads": (128,), "attention_short_heads": (64,)}
+        for rows in whole.get(kernel, (16, 32, 64, 128)):
+            for warps in (4, 8):
+                for stages in (1, 2, 3, 4):
+                    yield {"rows": rows, "warps": warps, "stages": stages}
+        return
+    loops = "backward" in kernel
     for rows in (1, 2, 4, 8, 16):
         for warps in (1, 2, 4, 8, 16):
             if not (rows * width <= 16384 and 4 <= rows * width // (32 * warps) <= 64):
@@ -46,13 +58,14 @@ def candidates(width: int, loops: bool) -> Iterator[dict[str, int]]:
 def tune(
     word: str,
     entry: Any,
+    kernel: str,
     table: dict[str, Any],
     done: set[tuple[str, str]],
     *,
     device: str,
     measure: Callable[[Callable[[], Any]], float],
 ) -> None:
-    """Put the fastest tile for one benchmark into ``table``, which the launchers read.
+    """Put a kernel's fastest tile for one benchmark into ``table``, which the launchers read.
 
     Args:
         done: tiles that need no more tuning; this one is added.
@@ -66,16 +79,16 @@ def tune(
     module = importlib.import_module(f"bertfast.kernels.triton.{word}")
     case, (dtype, _) = entry.subject.case, precision(entry.dtype)
     columns = case.inputs(dtype)[case.grads[0]].shape[-1]
-    choose = functools.partial(module.tile_of, entry.tile)
+    choose = functools.partial(module.tile_of, kernel)
     where = torch.device(device)
     default = choose(columns, where)
-    tiles = table.setdefault(triton.architecture(where), {}).setdefault(entry.tile, {})
+    tiles = table.setdefault(triton.architecture(where), {}).setdefault(kernel, {})
     key, before = str(default.columns), tiles_of(default)
-    if (entry.tile, key) in done:
+    if (kernel, key) in done:
         return
-    done.add((entry.tile, key))
+    done.add((kernel, key))
     found: list[tuple[float, dict[str, int]]] = []
-    for tile in [before, *candidates(default.columns, loops="backward" in entry.tile)]:
+    for tile in [before, *candidates(kernel, default.columns)]:
         tiles[key] = tile
         try:
             testing.run_gate(case, dtype, "triton", device=device)
@@ -104,10 +117,10 @@ def tune(
                 raise
             print(f"  {tile}: {str(error).partition(chr(10))[0][:80]}")
             continue
-        print(f"{entry.tile} {key}: {tile}, {seconds * 1e6:.1f} µs; the default was {before}")
+        print(f"{kernel} {key}: {tile}, {seconds * 1e6:.1f} µs; the default was {before}")
         return
     del tiles[key]
-    print(f"{entry.tile} {key}: no tile passes its gates")
+    print(f"{kernel} {key}: no tile passes its gates")
 
 
 def tiles_of(tile: Any) -> dict[str, int]:
@@ -138,9 +151,9 @@ def main() -> None:
     table.update(json.loads(TABLE_FILE.read_text()))
     for word in arguments.words or place.words():
         for entry in benchmark_of(word).on_gpu(dry=False):
-            if entry.tile and "triton" in place.backends(word):
-                print(f"{word} {entry.name}")
-                tune(word, entry, table, done, device="cuda:0", measure=measure)
+            for kernel in entry.tiles if "triton" in place.backends(word) else ():
+                print(f"{word} {entry.name} {kernel}")
+                tune(word, entry, kernel, table, done, device="cuda:0", measure=measure)
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     if arguments.write:
         TABLE_FILE.write_text(text)

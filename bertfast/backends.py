@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "layernorm": ("cpu", "triton", "reference"),
     "gelu": ("cpu", "triton", "reference"),
     "embedding": ("cpu", "triton", "reference"),
-    "cross_entropy": ("cpu", "reference"),
+    "cross_entropy": ("cpu", "triton", "reference"),
     "dropout": ("cpu", "triton", "reference"),
 }
 # On CPU tensors these run in an interpreter or an emulation, which is for tests: there they must be

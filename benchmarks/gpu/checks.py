@@ -169,8 +169,9 @@ def sanitizer(place: Place, word: str, backend: str) -> Result:
 
 def under_sanitizer(word: str, backend: str) -> None:
     """What :func:`sanitizer` starts."""
-    for case in testing.CASES[word][::6]:
-        testing.run_gate(case, torch.bfloat16, backend, device="cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in testing.CASES[word][::6]:
+            testing.run_gate(case, dtype, backend, device="cuda")
 
 
 CHECKS: dict[str, Check] = {

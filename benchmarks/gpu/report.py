@@ -37,7 +37,7 @@ def publish(data: dict[str, Any], expected: Iterable[str]) -> dict[str, Any]:
         part, word, *_ = [*key.split("/"), ""]
         if part != "bench":
             continue
-        for table in ("seconds", "host_us"):
+        for table in ("seconds", "host_us", "working_bytes"):
             for name in list(result.get(table, {})):
                 backend = name.split()[0]
                 red = seen.get((word, backend), ["its gates did not run"])
@@ -71,16 +71,14 @@ def _bench_line(key: str, result: dict[str, Any], results: Results) -> list[list
     for backend in ON_GPU:
         hidden = {**result.get("hidden", {}), **result.get("red", {})}
         if backend in hidden:
-            lines.append([word, name, backend, f"hidden: {hidden[backend]}", *[""] * 5])
+            lines.append([word, name, backend, f"hidden: {hidden[backend]}", *[""] * 6])
         elif backend in seconds:
             own = seconds[backend]
             (kind, amount), *_ = result["work"].items()
-            top = ceiling(results, kind)
             reached = amount / own
             unit = f"{reached / 1e12:.2f} {'TB/s' if kind == 'bytes' else 'TFLOP/s'}"
-            share = reached / top if top else None
-            target = result["target"]
-            first = own <= seconds.get("compile", own)
+            share = _share(result["work"], own, results)
+            wanted, missed = _targets(result, backend, share)
             lines.append(
                 [
                     word,
@@ -89,20 +87,55 @@ def _bench_line(key: str, result: dict[str, Any], results: Results) -> list[list
                     f"{own * 1e6:.1f} µs",
                     unit,
                     "" if share is None else f"{share:.0%}",
-                    "" if target is None else f"{target:.0%}",
-                    "" if target is None or share is None else _met(share >= target and first),
+                    ", ".join(wanted),
+                    "" if not wanted else f"**no**: {', '.join(missed)}" if missed else "yes",
                     ", ".join(
                         f"{peer} {theirs / own:.2f}×"
                         for peer, theirs in seconds.items()
                         if peer not in ON_GPU
+                    ),
+                    ", ".join(
+                        f"{peer} {taken / 1e6:.0f}"
+                        for peer, taken in result.get("working_bytes", {}).items()
                     ),
                 ]
             )
     return lines
 
 
-def _met(yes: bool) -> str:
-    return "yes" if yes else "**no**"
+def _share(work: dict[str, int], own: float, results: Results) -> float | None:
+    """How long the device needs at least for the work, of how long it took."""
+    tops = {kind: ceiling(results, kind) for kind in work}
+    least = [work[kind] / top for kind, top in tops.items() if top]
+    return max(least) / own if least else None
+
+
+def _targets(
+    result: dict[str, Any], backend: str, share: float | None
+) -> tuple[list[str], list[str]]:
+    """What was to be reached, and what was not. A peer that did not run is no target, but said."""
+    seconds, wanted, missed = result["seconds"], [], []
+    target = result["target"]
+    if target is not None:
+        wanted.append(f"{target:.0%}")
+        if share is None or share < target:
+            missed.append("the ceiling is not known" if share is None else f"{share:.0%}")
+    for peer, multiple in result["ahead"].items():
+        if peer in seconds:
+            wanted.append(f"{peer} {multiple:g}×")
+            got = seconds[peer] / seconds[backend]
+            if got < multiple:
+                missed.append(f"{peer} {got:.2f}×")
+        else:
+            wanted.append(f"{peer} {multiple:g}× (did not run)")
+    taken = result.get("working_bytes", {})
+    for peer, most in result["memory"].items():
+        if peer in taken:
+            wanted.append(f"{most:.0%} of the memory of {peer}")
+            got = taken[backend] / max(taken[peer], 1)
+            if got > most:
+                missed.append(f"{got:.0%} of the memory of {peer}")
+    return wanted, missed
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -154,8 +187,11 @@ def markdown(data: dict[str, Any]) -> str:
             for line in _bench_line(key, result, results)
         ]
         header = ["op", "what", "backend", "time", "rate", "of the ceiling", "target", "met"]
-        header.append("peers take")
-        about_targets = "A target is met where its share is reached and torch.compile is no faster."
+        header += ["peers take", "working memory, MB"]
+        about_targets = (
+            "The ceiling is the copy's or the product's rate above, or the lower of what both "
+            "allow. A target is a share of it, or how many times as long a peer is to take."
+        )
         parts += ["## Times", about_targets, _table(header, timed)]
         hosts = [
             [key.split("/")[1], name, f"{us:.1f} µs"]

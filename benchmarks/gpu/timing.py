@@ -7,7 +7,7 @@ not what is timed. How long they take the host is timed apart (:func:`overhead`)
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..kernels import Subject
 from .place import Place
 
 Result = dict[str, Any]
-_WAIT_CYCLES = 2_000_000  # about a millisecond
+_CYCLES_PER_SECOND = 2e9  # of a wait, at the most
 _FLUSHED = 1 << 28  # bytes, several times any L2 cache
 
 
@@ -26,9 +26,12 @@ class OnGpu:
 
     Attributes:
         subject, direction, dtype: as on the CPU; ``"training forward"`` keeps what backward needs.
-        work: ``bytes`` that must at least be read and written, or ``flops``.
-        target: the share of the measured ceiling that the best of our kernels is to reach.
-        tile: the name of the tile ``benchmarks/tune.py`` may choose for it, or "".
+        work: ``bytes`` that must at least be read and written, ``flops``, or both.
+        target: the share of the measured ceiling that our kernels are to reach: of the lower one,
+            where there is work of both kinds.
+        ahead: how many times as long as ours each of these peers is to take.
+        memory: the share of each of these peers' working memory that ours may take.
+        tiles: the names of the tiles ``benchmarks/tune.py`` may choose for it.
     """
 
     subject: Subject
@@ -36,8 +39,10 @@ class OnGpu:
     dtype: str
     work: dict[str, int]
     target: float | None = None
-    tile: str = ""
+    tiles: tuple[str, ...] = ()
     peers: tuple[str, ...] = ("eager", "compile")
+    ahead: dict[str, float] = field(default_factory=lambda: {"compile": 1.0})
+    memory: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -50,14 +55,22 @@ def in_turns(
     """The median seconds of each call on the device."""
     # Read, not written, between calls: written lines would be carried out during the next call.
     cold = torch.empty(_FLUSHED // 4, dtype=torch.float32, device="cuda").zero_()
-    for call in calls.values():
+    cycles = {}
+    for name, call in calls.items():
         for _ in range(warmup):
             call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        # Twice what the host takes to launch it, or a millisecond.
+        seconds = max(2 * (time.perf_counter() - start), 1e-3)
+        cycles[name] = int(seconds * _CYCLES_PER_SECOND)
+        torch.cuda.synchronize()
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(_WAIT_CYCLES)
+            torch.cuda._sleep(cycles[name])
             cold.sum()
             start.record()
             call()
@@ -68,6 +81,17 @@ def in_turns(
         name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
         for name, pairs in events.items()
     }
+
+
+def working_bytes(call: Callable[[], Any]) -> int:
+    """The most memory a call takes at a time beyond what is there before and what it returns."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made = call()
+    returned = sum(x.nbytes for x in (made if isinstance(made, tuple) else (made,)))
+    return torch.cuda.max_memory_allocated() - before - returned
 
 
 def bench(place: Place, word: str, entry: OnGpu) -> Result:
@@ -102,6 +126,8 @@ def bench(place: Place, word: str, entry: OnGpu) -> Result:
         "case": subject.case.name,
         "work": entry.work,
         "target": entry.target,
+        "ahead": entry.ahead,
+        "memory": entry.memory,
     }
     try:
         if place.dry:
@@ -109,6 +135,7 @@ def bench(place: Place, word: str, entry: OnGpu) -> Result:
                 call()
         else:
             result["seconds"] = in_turns(calls)
+            result["working_bytes"] = {name: working_bytes(call) for name, call in calls.items()}
     finally:
         torch.compiler.reset()
     return result

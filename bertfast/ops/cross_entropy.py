@@ -100,8 +100,15 @@ def cross_entropy(
     """Cross-entropy of ``softmax(hidden weight^T + bias)`` against ``labels``.
 
     The masked-LM loss (Devlin et al., "BERT", 2019, section 3.1). The logits of all tokens over
-    the vocabulary never exist at once, and tokens labelled ``ignore_index`` cost nothing. Backward
-    on the CPU holds a float32 ``(labelled tokens, C)`` for each of up to 16 threads, and one more.
+    the vocabulary never exist at once, and tokens labelled ``ignore_index`` are not multiplied.
+    Backward on the CPU holds a float32 ``(labelled tokens, C)`` for each of up to 16 threads, and
+    one more.
+
+    On a GPU the number of labelled tokens is not read, and memory is that of T of them: forward
+    holds ``T V / 16`` bytes of statistics, backward ``T C`` and ``T V / 128`` numbers in float32
+    and gradients of logits for 1024 to 8192 classes (16 MB, or 1024 classes where that is more).
+    So pass the labelled ones alone where they are few and known. A float32 ``weight`` beside 16-bit
+    ``hidden`` is multiplied in 16 bits there.
 
     Args:
         hidden: ``(T, C)`` floating point.

@@ -30,11 +30,13 @@ def test_reference_gradcheck(reduction, with_bias):
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_nothing_labelled_is_zero_with_zero_gradients(reduction):
+def test_nothing_labelled_is_zero_with_zero_gradients(reduction, backend):
     hidden, weight, bias = torch.randn(5, 4), torch.randn(9, 4), torch.randn(9)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-    loss = ops.cross_entropy(*leaves, torch.full((5,), -100), reduction=reduction)
+    labels = torch.full((5,), -100)
+    loss = ops.cross_entropy(*leaves, labels, reduction=reduction, backend=backend)
     assert loss.item() == 0.0
     for grad in torch.autograd.grad(loss, leaves):
         assert not grad.any()
@@ -57,30 +59,33 @@ def test_result_does_not_depend_on_the_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("isa", cpu.library().isas())
+@pytest.mark.parametrize("backend", [*cpu.library().isas(), "triton"])
 @pytest.mark.parametrize("masked", [range(100), range(1700, 2000), range(1, 2000)])
-def test_a_bias_of_minus_infinity_rules_classes_out(masked, isa, use_isa):
-    """Panels and shares of the vocabulary with nothing else in them included."""
-    use_isa(isa)
+def test_a_bias_of_minus_infinity_rules_classes_out(masked, backend, use_isa):
+    """Panels, shares and blocks of the vocabulary with nothing else in them included."""
+    if backend != "triton":
+        use_isa(backend)
+        backend = "cpu"
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(7, 32), torch.randn(2000, 32), torch.randn(2000)
     bias[list(masked)] = float("-inf")
     labels = torch.tensor([500, 1699, -100, 700, 101, 300, 1000])
     labels[labels >= 0] = 0 if len(masked) == 1999 else labels[labels >= 0]
     outputs = []
-    for backend in ("cpu", "reference"):
+    for name in (backend, "reference"):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        loss = ops.cross_entropy(*leaves, labels, backend=backend)
+        loss = ops.cross_entropy(*leaves, labels, backend=name)
         outputs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    for cpu_result, expected in zip(*outputs, strict=True):
+    for result, expected in zip(*outputs, strict=True):
         assert expected.isfinite().all()
-        torch.testing.assert_close(cpu_result, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_incoming_gradient_scales_all_three():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_incoming_gradient_scales_all_three(backend):
     leaves = [t.requires_grad_() for t in (torch.randn(5, 4), torch.randn(9, 4), torch.randn(9))]
     labels = torch.tensor([1, -100, 8, 0, 3])
-    loss = ops.cross_entropy(*leaves, labels, backend="cpu")
+    loss = ops.cross_entropy(*leaves, labels, backend=backend)
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     for one, three in zip(once, torch.autograd.grad(loss * 3, leaves), strict=True):
         torch.testing.assert_close(three, 3 * one)
@@ -208,11 +213,99 @@ def test_gate_bites(name, mutants):
         assert testing.gates_are_red("cross_entropy", "cpu")
 
 
-def test_the_scalar_is_float32_and_ignored_tokens_are_not_read():
-    hidden = torch.randn(4, 8).bfloat16()
+TRITON = "cross_entropy.py"
+TRITON_MUTATIONS = {
+    "blocks added up without their maxima": (
+        TRITON,
+        "sums += total * tl.exp2((z - base[None, :]) * _LOG2_E)",
+        "sums += total",
+    ),
+    "the sum so far is not rescaled": (
+        TRITON,
+        "sums = sums * tl.exp2((largest - base) * _LOG2_E)[None, :]",
+        "sums = sums * 1.0",
+    ),
+    "classes behind the last one count": (
+        TRITON,
+        'start = tl.where(known, 0.0, float("-inf"))',
+        "start = tl.where(known, 0.0, 0.0)",
+    ),
+    "every block has the first one's bias": (
+        TRITON,
+        "tl.load(bias + class_, mask=known",
+        "tl.load(bias + tl.arange(0, N), mask=known",
+    ),
+    "the last columns left out": (
+        TRITON,
+        "for first in range(0, columns, K):\n        inside",
+        "for first in range(0, columns - K + 1, K):\n        inside",
+    ),
+    "the mean is a sum": (TRITON, "result / _divisor(labelled) if MEAN", "result if MEAN"),
+    "every list has the first one's tokens": (
+        TRITON,
+        "- own, first + i, mask=own != 0)",
+        "- own, i, mask=own != 0)",
+    ),
+    "no target in backward": (TRITON, "dz - 1.0, dz)", "dz, dz)"),
+    "every chunk has the first one's targets": (
+        TRITON,
+        ".to(tl.int64) - begin\n        dz",
+        ".to(tl.int64)\n        dz",
+    ),
+    "tokens that are not there count in the bias": (
+        TRITON,
+        "dz = tl.where(there[:, None], dz, 0.0)",
+        "dz = tl.where(there[:, None], dz, 1.0)",
+    ),
+    "dhidden of the last chunk only": (
+        TRITON,
+        "sums += tl.load(wide + at, mask=mine, other=0.0)",
+        "",
+    ),
+    "dhidden of the neighbouring token": (
+        TRITON,
+        "to = dhidden + token[:, None] * columns",
+        "to = dhidden + r[:, None] * columns",
+    ),
+    "dweight of the neighbouring token": (
+        TRITON,
+        "   hidden + token[:, None] * columns + c[None, :]",
+        "   hidden + (start + tl.arange(0, K))[:, None] * columns + c[None, :]",
+    ),
+    "the last tokens left out of dweight": (
+        TRITON,
+        "for start in tl.range(0, labelled, K):",
+        "for start in tl.range(0, labelled // K * K, K):",
+    ),
+    "the last tokens left out of dbias": (
+        TRITON,
+        "for first in tl.range(0, _tiles(labelled, M), BLOCKS):",
+        "for first in tl.range(0, labelled // M, BLOCKS):",
+    ),
+    "dbias without the loss's gradient": (
+        TRITON,
+        "tl.sum(total, axis=0) * _scale(dloss, labelled, MEAN)",
+        "tl.sum(total, axis=0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_triton_gate_bites(name, triton_mutants):
+    with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
+        assert testing.gates_are_red("cross_entropy", "triton")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.bfloat16), ("cpu", torch.bfloat16), ("triton", torch.float16)],
+)
+def test_the_scalar_is_float32_and_ignored_tokens_are_not_read(backend, dtype):
+    hidden = torch.randn(4, 8).to(dtype)
     hidden[1] = float("nan")
+    labels = torch.tensor([1, 7, 2, 3])
     loss = ops.cross_entropy(
-        hidden, torch.randn(9, 8), None, torch.tensor([1, 7, 2, 3]), ignore_index=7
+        hidden, torch.randn(9, 8), None, labels, ignore_index=7, backend=backend
     )
     assert loss.dtype == torch.float32
     assert loss.shape == ()

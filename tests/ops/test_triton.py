@@ -30,6 +30,7 @@ SMALL = {
     "embedding": testing.embedding_case(100, 24, name="small", dropout_p=0.1, vocabulary=3),
     "dropout": testing.dropout_case(37, 101, name="small"),
     "attention": testing.attention_case([37, 5], 2, 16, name="small", dropout_p=0.1),
+    "cross_entropy": testing.cross_entropy_case(37, 16, 9001, name="small"),
 }
 
 
@@ -49,9 +50,12 @@ def test_dispatches_no_torch_arithmetic(word):
     dout = torch.randn_like(case.op({**given, **leaves}, "triton"))
     # The interpreter copies its arguments by set_.
     allowed = ["set_"]
+    # What looks whether ids or labels are in range, before the kernel.
+    looks = ["lt", "ge", "ne", "bitwise_or", "bitwise_and_", "any", "_local_scalar_dense"]
     if word == "embedding":
-        # What looks whether ids are in range, before the kernel, and the sort of the ids after it.
-        allowed += ["aminmax", "lt", "ge", "bitwise_or", "any", "_local_scalar_dense", "sort"]
+        allowed += [*looks, "aminmax", "sort"]
+    if word == "cross_entropy":
+        allowed += looks
     with testing.KernelOnly(*allowed) as seen:
         out = case.op({**given, **leaves}, "triton")
         torch.autograd.grad(out, list(leaves.values()), dout)
@@ -61,7 +65,7 @@ def test_dispatches_no_torch_arithmetic(word):
 @pytest.mark.parametrize("word", WORDS)
 def test_the_same_bits_every_time(word):
     first = run(SMALL[word])
-    for _ in range(3):
+    for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(first, run(SMALL[word]), strict=True))
 
 
@@ -104,6 +108,77 @@ def test_the_mask_of_rows_beyond_two_to_the_32(monkeypatch):
     assert torch.equal(got != 0, keep_mask(seed, 3, rows, columns, 20000))
 
 
+@pytest.fixture
+def outside(monkeypatch):
+    """What a launch read or wrote outside of the tensors it was given."""
+    from triton.runtime import interpreter
+
+    tensors, found = [], []
+    arguments_of = interpreter.GridExecutor._init_args_hst
+
+    def remember(self, *arguments):
+        made = arguments_of(self, *arguments)
+        tensors[:] = [x for x in made[0] if isinstance(x, torch.Tensor)]
+        return made
+
+    def check(pointers, mask, size):
+        used = pointers.data[mask.data.astype(bool)].astype("int64")
+        inside = used != used
+        for x in tensors:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            end = x.data_ptr() + (last + 1) * x.element_size() if x.numel() else x.data_ptr()
+            inside |= (used >= x.data_ptr()) & (used + size <= end)
+        found.extend(used[~inside].tolist())
+
+    builder = type(interpreter.interpreter_builder)
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def watched_load(self, pointers, mask, *rest):
+        check(pointers, mask, pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def watched_store(self, pointers, value, mask, *rest):
+        check(pointers, mask, value.data.itemsize)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", remember)
+    monkeypatch.setattr(builder, "create_masked_load", watched_load)
+    monkeypatch.setattr(builder, "create_masked_store", watched_store)
+    return found
+
+
+# Small cases in which tiles reach beyond the tensors.
+WATCHED = {
+    "layernorm": ("one_column-p0.1", "odd-p0.1", "piece_and_tail-p0.1"),
+    "gelu": ("one_column-none", "odd-none", "no_bias"),
+    "embedding": ("empty", "padding_idx", "under_a_vector"),
+    "dropout": ("under_a_vector", "odd"),
+    "attention": ("zero_lengths", "odd", "causal-cross", "cross-no_keys", "narrow_head"),
+    "cross_entropy": ("one_token", "none_labelled", "odd", "few_classes", "few_labelled"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("word", WORDS)
+def test_nothing_outside_of_the_tensors_is_touched(word, dtype, outside):
+    cases = [case for case in testing.CASES[word] if case.name in WATCHED[word]]
+    assert len(cases) == len(WATCHED[word])
+    for case in cases:
+        run(case, dtype=dtype)
+        assert not outside, case
+
+
+def test_an_access_outside_is_seen(outside, monkeypatch):
+    word = kernel("dropout", "triton")
+    monkeypatch.setattr(word.triton, "cdiv", lambda n, by: -(-n // by) + 1)
+    word.forward(torch.ones(4, 24)[:3], testing.seed_tensor(), 20000, 3)
+    assert not outside, "rows behind the last one are masked"
+    # Of the tensor that is written, that is; the memory behind it is there.
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.empty(200)[:1])
+    word.forward(torch.ones(4, 24), testing.seed_tensor(), 20000, 3)
+    assert outside
+
+
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 511, 513, 1025]))
 
 
@@ -134,6 +209,15 @@ def test_any_shape_and_layout(data):
             data.draw(st.integers(1, 2)), min(columns, 256), name="any", storage=rows,
             causal=some, dropout_p=p, packed=data.draw(st.booleans()), layout=layout,
             upstream=upstream,
+        )  # fmt: skip
+    elif word == "cross_entropy":
+        # Not one class alone, whose softmax is 1: again a gradient of 0.
+        case = testing.cross_entropy_case(
+            data.draw(st.sampled_from([rows, 64, 129, 1025])), min(columns, 65),
+            data.draw(st.sampled_from([2, 63, 65, 300])), name="any", bias=some, layout=layout,
+            labelled=data.draw(st.sampled_from([0.0, 0.15, 1.0])),
+            reduction=data.draw(st.sampled_from(["mean", "sum"])),
+            label_dtype=data.draw(st.sampled_from([torch.int64, torch.int32])),
         )  # fmt: skip
     else:
         case = testing.embedding_case(
@@ -178,6 +262,31 @@ def test_ids_of_any_value_stay_in_bounds(data):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=40)
+@given(st.data())
+def test_labels_of_any_value_stay_in_bounds(data):
+    """Past the op's checks: a label that is no class counts as none."""
+    tokens, classes = data.draw(st.sampled_from([0, 1, 9, 140])), data.draw(st.integers(1, 70))
+    values = st.one_of(st.integers(-3, 80), st.sampled_from([-(2**63), 2**63 - 1, 2**31, 2**40]))
+    drawn = data.draw(st.lists(values, min_size=tokens, max_size=tokens))
+    labels, ignored = torch.tensor(drawn).long(), data.draw(st.sampled_from([-100, 0, 75]))
+    counts = (labels >= 0) & (labels < classes) & (labels != ignored)
+    clean = torch.where(counts, labels, -100)
+    hidden, weight = torch.randn(tokens, 24), torch.randn(classes, 24)
+    hidden[~counts] = float("nan")
+    bias, dloss = torch.randn(classes), torch.tensor(0.7)
+
+    def both(backend, labels, ignored):
+        module = kernel("cross_entropy", backend)
+        loss, saved = module.forward(hidden, weight, bias, labels, ignored, "mean")
+        rest = (hidden, weight, bias, labels, saved, ignored, "mean")
+        return [loss, saved, *module.backward(dloss, *rest)]
+
+    got, expected = both("triton", labels, ignored), both("reference", clean, -100)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_more_rows_than_a_grid_has_in_its_second_dimension():
     x = torch.ones(66_000, 8)
     options = {"p": 0.1, "seed": testing.seed_tensor(), "site": 3}
@@ -215,6 +324,28 @@ def test_on_a_gpu_it_takes_cuda_tensors(monkeypatch):
     assert triton.unsupported(Cuda()) is None
     Properties.major = 7
     assert "compute capability below 8.0" in triton.unsupported(Cuda())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "expected"),
+    [
+        (torch.float32, "ieee", "ieee"), (torch.float32, "none", "ieee"),
+        (torch.float32, "tf32", "tf32"), (torch.bfloat16, "tf32", "ieee"),
+    ],
+)  # fmt: skip
+def test_products_are_as_precise_as_torch_says(dtype, chosen, expected):
+    """Chosen by torch's new names, after which asking for the old ones is an error."""
+
+    class Cuda:
+        is_cuda = True
+
+    Cuda.dtype = dtype
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, chosen
+    try:
+        assert triton.product_precision(Cuda()) == expected
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_attention_in_float32_needs_shared_memory(monkeypatch):

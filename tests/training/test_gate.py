@@ -24,19 +24,25 @@ def losses(model, batches, backend):
     return torch.stack(seen)
 
 
-def test_kernels_train_as_the_reference_does():
+# Backend, hidden size, layers, heads, sequences and their longest: where Triton's kernels are
+# interpreted, a step of the larger model takes seconds.
+RUNS = [(None, 48, 2, 4, 6, 40), ("triton", 16, 1, 2, 2, 12)]
+
+
+@pytest.mark.parametrize(("backend", "hidden", "layers", "heads", "sequences", "longest"), RUNS)
+def test_kernels_train_as_the_reference_does(backend, hidden, layers, heads, sequences, longest):
     config = bertfast.BertConfig(
         vocab_size=120,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=40,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=longest,
     )
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(STEPS):
-        lengths = torch.randint(1, 40, (6,), generator=generator).tolist()
+        lengths = torch.randint(1, longest, (sequences,), generator=generator).tolist()
         ids = torch.randint(5, 120, (sum(lengths),), generator=generator)
         labelled = torch.rand(len(ids), generator=generator) < 0.3
         batches.append(
@@ -54,12 +60,12 @@ def test_kernels_train_as_the_reference_does():
 
     exact = run(torch.float64, "reference")
     plain = run(torch.float32, "reference")
-    kernels = run(torch.float32, None)
+    kernels = run(torch.float32, backend)
     assert exact[-1] < exact[0]
     for step in range(STEPS):
         # Up to this step, so that a late one does not lend an early one its error.
         so_far = slice(0, step + 1)
-        name = f"training.losses-step{step}"
+        name = f"training.losses-{backend}-step{step}"
         testing.assert_no_worse(
             kernels[so_far], exact[so_far], plain[so_far], kind="model", name=name
         )

@@ -74,6 +74,13 @@ def architecture(device: torch.device) -> str:
     return _properties(device.index)[0] if device.type == "cuda" else ""
 
 
+def generation(device: torch.device) -> int:
+    """8, 9, 10 or later: how a multiprocessor multiplies. 9 where that is not known."""
+    name = architecture(device).removeprefix("sm_")
+    number = int(name) // 10 if name else 9
+    return 8 if number == 12 else number  # sm_120 has the instructions of sm_80
+
+
 def programs_for(device: torch.device, per_processor: int, tiles: int, pieces: int = 1) -> int:
     """How many programs share out a sum over ``tiles``, for each of ``pieces`` of the columns. One
     device always takes as many, so that its results are the same bits every time."""
@@ -87,6 +94,14 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+def product_precision(x: Tensor) -> str:
+    """Of a product of ``x``: tf32 in float32 where torch may use it, too."""
+    # Asking for allow_tf32 is an error where the choice was made by fp32_precision, which knows it.
+    if x.is_cuda and x.dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee"
 
 
 def signed(word: int) -> int:

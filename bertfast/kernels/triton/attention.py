@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bertfast.kernels import triton as shared
 from bertfast.kernels.layout import by_head, dense
-from bertfast.kernels.triton import Tile, on_device, signed
+from bertfast.kernels.triton import Tile, generation, on_device, product_precision, signed
 from bertfast.kernels.triton._dropout import keep_scores
 from bertfast.ops.dropout import dropout_scale
 
@@ -374,20 +374,8 @@ def _programs(tokens: int, batch: int, longest: int, block: int) -> tuple[int, i
     return (bound, 1, True) if bound < batch * blocks else (batch * blocks, blocks, False)
 
 
-def _precision(x: Tensor) -> str:
-    allowed = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed and x.dtype == torch.float32 else "ieee"
-
-
 def _head_block(head_dim: int) -> int:
     return max(16, shared.power_of_two(head_dim))
-
-
-def _generation(device: torch.device) -> int:
-    """8, 9 or 10: how a multiprocessor multiplies. 9 where that is not known."""
-    name = shared.architecture(device).removeprefix("sm_")
-    generation = int(name) // 10 if name else 9
-    return 8 if generation == 12 else generation  # sm_120 has the instructions of sm_80
 
 
 # Queries, warps and stages of a kernel for heads of up to so many columns, of the generation or any
@@ -430,8 +418,8 @@ def tile_of(
     measured = shared.measured_tile(kernel, width, device)
     if measured is not None:
         return measured
-    generation = _generation(device)
-    fitting = [tile for of, most, tile in _TILES[kernel] if width <= most and of in (0, generation)]
+    here = (0, generation(device))
+    fitting = [tile for of, most, tile in _TILES[kernel] if width <= most and of in here]
     rows, warps, stages = fitting[-1]
     return Tile(rows, width, warps, stages=stages)
 
@@ -440,7 +428,7 @@ def _fits_a_program(queries: int, width: int, q: Tensor) -> bool:
     """Whether one program can do a head's whole backward without spilling."""
     if q.dtype == torch.float32:
         return False
-    return queries <= _SHORT and width <= (32 if _generation(q.device) == 8 else 64)
+    return queries <= _SHORT and width <= (32 if generation(q.device) == 8 else 64)
 
 
 def _short(kernel: str, queries: int) -> str:
@@ -478,7 +466,7 @@ def forward(
             q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k, seed,
             tokens_q, k.shape[0], batch, blocks, heads, head_dim, *_strides(q, k, v),
             scale, threshold, signed(site), dropout_scale(threshold),
-            causal, seed is not None, search, _precision(q), tile.rows, _KEYS, width,
+            causal, seed is not None, search, product_precision(q), tile.rows, _KEYS, width,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, logsumexp
@@ -514,7 +502,7 @@ def backward(
         for gradient in gradients:
             gradient.zero_()
         return
-    sizes = tokens_q, tokens_k, batch
+    sizes, precision = (tokens_q, tokens_k, batch), product_precision(q)
     options = (
         scale, threshold, signed(site), dropout_scale(threshold), causal, seed is not None
     )  # fmt: skip
@@ -523,7 +511,7 @@ def backward(
             tile = tile_of(_short("heads", max_seqlen_q), head_dim, q.device, q.dtype)
             _backward_heads[batch, heads](
                 dout, q, k, v, out, logsumexp, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seed,
-                *sizes, heads, head_dim, *_strides(q, k, v, dq, dk, dv), *options, _precision(q),
+                *sizes, heads, head_dim, *_strides(q, k, v, dq, dk, dv), *options, precision,
                 tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return
@@ -537,12 +525,12 @@ def backward(
         _backward_keys[programs, heads](
             dout, q, k, v, logsumexp, dots, dk, dv, cu_seqlens_q, cu_seqlens_k, seed,
             *sizes, blocks, heads, head_dim, *_strides(q, k, v, dk, dv), *options, search,
-            _precision(q), tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
+            precision, tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = tile_of("attention_queries", head_dim, q.device, q.dtype)
         programs, blocks, search = _programs(tokens_q, batch, max(max_seqlen_q, 1), tile.rows)
         _backward_queries[programs, heads](
             dout, q, k, v, logsumexp, dots, dq, cu_seqlens_q, cu_seqlens_k, seed,
             *sizes, blocks, heads, head_dim, *_strides(q, k, v, dq), *options, search,
-            _precision(q), tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
+            precision, tile.rows, _KEYS, width, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
