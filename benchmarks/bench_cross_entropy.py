@@ -3,7 +3,7 @@
 labelled tokens alone, which is what a model that looks for them first hands over.
 
 In "bfloat16-mixed" the weights are float32: transformers runs under autocast, which casts them,
-bertfast takes them as they are on the CPU and rounds a chunk at a time on a GPU.
+bertfast takes them as they are.
 """
 
 import pytest
@@ -19,11 +19,6 @@ from .gpu.timing import OnGpu
 from .kernels import IMPLEMENTATIONS, Subject, row_subject, time_kernel
 
 TOKENS, HIDDEN, VOCABULARY = 1024, 768, 30522
-# The first one is forward's, too: what both together take decides.
-_TILES = {
-    "forward": (),
-    "forward+backward": ("cross_entropy_logits", "cross_entropy_gradients"),
-}
 SMALL = {"tokens": 64, "hidden": 64, "vocabulary": 512}
 
 
@@ -61,12 +56,18 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                         {"flops": products * 2 * labelled * HIDDEN * VOCABULARY},
                         ahead={"eager": 1.0, "compile": 1.0},
                         memory={"eager": 0.1},
-                        tiles=_TILES[direction],
+                        tiles=_tile_names(direction, dtype),
                     )
                 )
         if dry:
             break
     return entries
+
+
+def _tile_names(direction: str, dtype: str) -> tuple[str, ...]:
+    """The first one is forward's, too: what both together take decides."""
+    word = "cross_entropy_mixed" if "mixed" in dtype else "cross_entropy"
+    return (f"{word}_logits", f"{word}_gradients") if direction != "forward" else ()
 
 
 def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:

@@ -107,8 +107,7 @@ def cross_entropy(
     On a GPU the number of labelled tokens is not read, and memory is that of T of them: forward
     holds ``T V / 16`` bytes of statistics, backward ``T C`` and ``T V / 128`` numbers in float32
     and gradients of logits for 1024 to 8192 classes (16 MB, or 1024 classes where that is more).
-    So pass the labelled ones alone where they are few and known. A float32 ``weight`` beside 16-bit
-    ``hidden`` is multiplied in 16 bits there.
+    So pass the labelled ones alone where they are few and known.
 
     Args:
         hidden: ``(T, C)`` floating point.

@@ -249,8 +249,8 @@ TRITON_MUTATIONS = {
     "no target in backward": (TRITON, "dz - 1.0, dz)", "dz, dz)"),
     "every chunk has the first one's targets": (
         TRITON,
-        ".to(tl.int64) - begin\n        dz",
-        ".to(tl.int64)\n        dz",
+        ".to(tl.int64) - begin\n",
+        ".to(tl.int64)\n",
     ),
     "tokens that are not there count in the bias": (
         TRITON,

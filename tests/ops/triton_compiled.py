@@ -149,14 +149,15 @@ def attention_cases() -> Iterator[tuple[testing.Case, tuple[str, ...]]]:
 
 def cross_entropy_cases() -> Iterator[tuple[testing.Case, tuple[str, ...]]]:
     # More than one chunk of the vocabulary, whose length nothing divides.
-    yield testing.cross_entropy_case(64, 768, 30522, name="768"), DTYPES
+    yield testing.cross_entropy_case(64, 768, 30522, name="768"), (*DTYPES, "bfloat16-mixed")
     yield testing.cross_entropy_case(64, 768, 1000, name="768 no bias", bias=False), ("bfloat16",)
     yield testing.cross_entropy_case(64, 101, 1000, name="101"), ("bfloat16",)
 
 
-def launch(case: testing.Case, dtype: torch.dtype) -> None:
+def launch(case: testing.Case, precision: str) -> None:
     """The launchers, forward and backward, that the op calls; their results are of no interest."""
-    tensors = case.inputs(dtype)
+    dtype, _, mixed = precision.partition("-")
+    tensors = case.inputs(getattr(torch, dtype), mixed=bool(mixed))
     for name in case.grads:
         tensors[name].requires_grad_()
 
@@ -188,7 +189,7 @@ def table(architecture: str) -> dict[str, Report]:
         for case, dtypes in everything:
             for dtype in dtypes:
                 launches.clear()
-                launch(case, getattr(torch, dtype))
+                launch(case, dtype)
                 for compiled in launches:
                     name = f"{case.word} {case.name} {compiled.metadata.name}"
                     made = report(compiled)

@@ -8,7 +8,6 @@ takes a chunk of the vocabulary at a time: its logits are computed again, their 
 scratch tensor, and that multiplied by the decoder and by the tokens. Every sum has one order.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,20 +90,24 @@ def _logits(
         inside = (first + k < columns)[None, :]
         a = tl.load(x, mask=inside, other=0.0)
         b = tl.load(w, mask=inside, other=0.0)
-        z = tl.dot(a, tl.trans(b), z, input_precision=PRECISION)
+        high = b.to(a.dtype)
+        z = tl.dot(a, tl.trans(high), z, input_precision=PRECISION)
+        if b.dtype != a.dtype:
+            # A float32 decoder beside 16-bit tokens, and what rounding left out of it.
+            low = (b - high.to(tl.float32)).to(a.dtype)
+            z = tl.dot(a, tl.trans(low), z, input_precision=PRECISION)
         x += K
         w += K
     return z
 
 
-@triton.jit(do_not_specialize=["tokens", "begin", "classes"])
+@triton.jit(do_not_specialize=["tokens", "classes"])
 def _statistics(
     hidden, weight, bias, labels, listed, count, largest_of, total_of, target,
-    tokens, begin, classes, columns,
+    tokens, classes, columns,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Of ``classes`` classes from ``begin`` on, whose rows ``weight`` and ``bias`` begin with: each
-    block's largest logit and sum of exponentials."""
+    """The largest logit of each token and block of classes, and the sum of exponentials."""
     task, labelled = tl.program_id(0).to(tl.int64), tl.load(count)
     inner = _tiles(labelled, M)
     if task < inner * _tiles(classes, N):
@@ -118,11 +121,11 @@ def _statistics(
         # Minus infinity, where a block has no other, must not be subtracted from itself.
         base = tl.where(largest == float("-inf"), 0.0, largest)
         total = tl.sum(tl.exp2((z - base[:, None]) * _LOG2_E), axis=1)
-        block = (begin + first_class) // N
+        block = first_class // N
         r = first + tl.arange(0, M)
         tl.store(largest_of + block * tokens + r, largest, mask=there)
         tl.store(total_of + block * tokens + r, total, mask=there)
-        label = tl.load(labels + token, mask=there, other=-1).to(tl.int64) - begin
+        label = tl.load(labels + token, mask=there, other=-1).to(tl.int64)
         is_target = class_[None, :] == label[:, None]
         own = (label >= first_class) & (label < first_class + N)
         tl.store(target + r, tl.sum(tl.where(is_target, z, 0.0), axis=1), mask=there & own)
@@ -230,7 +233,7 @@ def _add_dhidden(
         here = start + k < classes
         a = tl.load(x, mask=there[:, None], other=0.0)
         b = tl.load(w, mask=here[:, None] & inside[None, :], other=0.0)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        sums = tl.dot(a, b.to(a.dtype), sums, input_precision=PRECISION)
         x += K
         w += K * columns
     # Addresses of so many elements would fill the registers, were they needed before the loop, too.
@@ -316,10 +319,13 @@ def _sum_dbias(
 # Rows, columns, warps and stages in 16 bits, where a multiprocessor of generation 8 multiplies with
 # both operands in registers: the largest that spill nothing. Two programs of four warps fit a
 # multiprocessor, so that one's logits are worked on while the other's are multiplied.
-# Forward and backward have the same tile for their logits, and so the same bits.
+# Forward and backward have the same tile for their logits, and so the same bits. Mixed is with a
+# float32 decoder, which takes more shared memory, of which generation 8 has 99 KB to a program.
 _TILES = {
-    "cross_entropy_logits": {8: (64, 128, 4, 3), 9: (128, 128, 4, 3)},
+    "cross_entropy_logits": {8: (64, 128, 4, 3), 9: (128, 128, 4, 3), 10: (64, 128, 4, 3)},
     "cross_entropy_gradients": {8: (64, 128, 4, 3), 9: (128, 128, 8, 4)},
+    "cross_entropy_mixed_logits": {8: (128, 64, 8, 2), 9: (128, 64, 8, 3)},
+    "cross_entropy_mixed_gradients": {8: (128, 64, 8, 2), 9: (128, 64, 8, 3)},
 }
 
 
@@ -339,6 +345,12 @@ def tile_of(
     return measured or Tile(rows, width, warps, stages=stages)
 
 
+def _tile(kernel: str, hidden: Tensor, weight: Tensor) -> Tile:
+    mixed = "mixed_" if weight.dtype != hidden.dtype else ""
+    name = f"cross_entropy_{mixed}{kernel}"
+    return tile_of(name, hidden.shape[1], hidden.device, hidden.dtype)
+
+
 def _depth(dtype: torch.dtype) -> int:
     """How much of a row is multiplied at a time."""
     return 16 if dtype == torch.float32 else 64
@@ -352,15 +364,6 @@ def _labelled(labels: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, 
         labels, listed, count, tokens, classes, ignore_index, _LISTED
     )
     return listed, count
-
-
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: int
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The decoder, so many classes at a time, in ``hidden``'s dtype: in another it is copied."""
-    for begin in range(0, weight.shape[0], classes):
-        rows = weight[begin : begin + classes].to(hidden.dtype)
-        yield begin, rows, None if bias is None else bias[begin : begin + classes]
 
 
 def _grid(tile: Tile, rows: int, columns: int) -> tuple[int]:
@@ -378,23 +381,21 @@ def forward(
     hidden, weight, labels = dense(hidden), dense(weight), labels.contiguous()
     bias = dense_or_none(bias)
     (tokens, columns), (vocabulary, _) = hidden.shape, weight.shape
-    tile = tile_of("cross_entropy_logits", columns, hidden.device, hidden.dtype)
+    tile = _tile("logits", hidden, weight)
     blocks = triton.cdiv(vocabulary, tile.columns)
     options: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
     loss, logsumexp = torch.empty((), **options), torch.zeros(tokens, **options)
     parts = torch.empty(2, blocks, tokens, **options).unbind()
     target, losses = torch.empty(tokens, **options), torch.empty(tokens, **options)
-    at_once = vocabulary if weight.dtype == hidden.dtype else _MOST_CLASSES
     with on_device(hidden):
         listed, count = _labelled(labels, vocabulary, ignore_index)
         if tokens:
-            for begin, rows, its_bias in _chunks(hidden, weight, bias, at_once):
-                _statistics[_grid(tile, tokens, len(rows))](
-                    hidden, rows, its_bias, labels, listed, count, *parts, target,
-                    tokens, begin, len(rows), columns, product_precision(hidden),
-                    tile.rows, tile.columns, _depth(hidden.dtype),
-                    num_warps=tile.warps, num_stages=tile.stages,
-                )  # fmt: skip
+            _statistics[_grid(tile, tokens, vocabulary)](
+                hidden, weight, bias, labels, listed, count, *parts, target,
+                tokens, vocabulary, columns, product_precision(hidden),
+                tile.rows, tile.columns, _depth(hidden.dtype),
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
             _join_blocks[triton.cdiv(tokens, _ROWS),](
                 *parts, target, listed, count, logsumexp, losses, tokens, blocks, _ROWS, _BLOCKS
             )
@@ -419,8 +420,7 @@ def backward(
     dhidden, dweight = torch.zeros_like(hidden), torch.empty_like(weight)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     mean, precision, depth = reduction == "mean", product_precision(hidden), _depth(dtype)
-    first = tile_of("cross_entropy_logits", columns, device, dtype)
-    second = tile_of("cross_entropy_gradients", columns, device, dtype)
+    first, second = (_tile(kernel, hidden, weight) for kernel in ("logits", "gradients"))
     # A row holds the last tile of its classes, as it is written and as it is read.
     classes = max(_classes_at_once(tokens, vocabulary, dtype), first.columns, second.rows)
     dlogits = torch.empty(tokens, classes, dtype=dtype, device=device)
@@ -430,7 +430,9 @@ def backward(
     parts = None if bias is None else torch.empty(groups, vocabulary, **options)
     with on_device(hidden):
         listed, count = _labelled(labels, vocabulary, ignore_index)
-        for begin, rows, its_bias in _chunks(hidden, weight, bias, classes):
+        for begin in range(0, vocabulary, classes):
+            rows, drows = (x[begin : begin + classes] for x in (weight, dweight))
+            its_bias = None if bias is None else bias[begin : begin + classes]
             if tokens:
                 _dlogits[_grid(first, tokens, len(rows))](
                     hidden, rows, its_bias, labels, listed, count, logsumexp, dlogits, parts,
@@ -440,8 +442,8 @@ def backward(
                 )  # fmt: skip
             # A tile more, since neither tokens nor classes need fill their last one.
             _gradients[_grid(second, tokens + len(rows) + second.rows, columns)](
-                dloss, dlogits, hidden, rows, listed, count, dhidden, wide,
-                dweight[begin : begin + classes], len(rows), columns, classes,
+                dloss, dlogits, hidden, rows, listed, count, dhidden, wide, drows,
+                len(rows), columns, classes,
                 begin + classes >= vocabulary, mean, precision,
                 second.rows, second.columns, depth,
                 num_warps=second.warps, num_stages=second.stages,
