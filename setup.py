@@ -3,9 +3,10 @@
 The package installs with or without them; what was compiled, and why something was not, goes into
 ``bertfast/_build_info.json`` for ``bertfast env``. The environment says otherwise where it must:
 
-- ``BERTFAST_BUILD_CPU=0``: do not compile the CPU kernels.
-- ``BERTFAST_REQUIRE_CPU=1``: not compiling them is an error.
+- ``BERTFAST_BUILD_CPU=0``, ``BERTFAST_BUILD_CUDA=0``: do not compile the CPU or CUDA kernels.
+- ``BERTFAST_REQUIRE_CPU=1``, ``BERTFAST_REQUIRE_CUDA=1``: not compiling them is an error.
 - ``BERTFAST_BUILD_ISAS=baseline,avx2``: compile these instruction sets only.
+- ``BERTFAST_CUDA_ARCHS=80,90a,90+PTX``: compile the CUDA kernels for these.
 - ``BERTFAST_WERROR=1``: compiler warnings are errors.
 - ``CXX``, ``CXXFLAGS``, ``LDFLAGS``: as everywhere.
 """
@@ -27,42 +28,52 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
-def _load_build():
+def _load(name: str, file: str):
     # Under build isolation this folder is not on sys.path.
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["csrc_build"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-build = _load_build()
+build = _load("csrc_build", "build.py")
+build_cuda = _load("csrc_build_cuda", "build_cuda.py")
 
 
-def _build_cpu() -> tuple[Path | None, dict[str, object]]:
-    """The compiled module, or None, and what ``_build_info.json`` says about it."""
-    if not build.flag("BERTFAST_BUILD_CPU", default=True):
-        return None, {"built": False, "reason": "BERTFAST_BUILD_CPU=0 when it was installed"}
+def _cpu(work: Path):
     isas = [name.strip() for name in os.environ.get("BERTFAST_BUILD_ISAS", "").split(",")]
-    work = ROOT / "build" / f"cpu-{sysconfig.get_config_var('SOABI') or 'unknown'}"
+    isas = [name for name in isas if name] or None
+    return build.build_cpu(ROOT / "csrc", work, build_dir=work, isas=isas)
+
+
+def _cuda(work: Path):
+    return build_cuda.build_cuda(ROOT / "csrc", work, build_dir=work)
+
+
+def _build(name: str, compile_in) -> tuple[Path | None, dict[str, object]]:
+    """The compiled module, or None, and what ``_build_info.json`` says about it."""
+    if not build.flag(f"BERTFAST_BUILD_{name}", default=True):
+        return None, {"built": False, "reason": f"BERTFAST_BUILD_{name}=0 when it was installed"}
+    work = ROOT / "build" / f"{name.lower()}-{sysconfig.get_config_var('SOABI') or 'unknown'}"
     try:
-        result = build.build_cpu(
-            ROOT / "csrc", work, build_dir=work, isas=[name for name in isas if name] or None
-        )
+        result = compile_in(work)
     except build.BuildError as error:
-        if build.flag("BERTFAST_REQUIRE_CPU"):
-            raise SystemExit(f"bertfast: BERTFAST_REQUIRE_CPU=1, but {error}") from None
+        if build.flag(f"BERTFAST_REQUIRE_{name}"):
+            raise SystemExit(f"bertfast: BERTFAST_REQUIRE_{name}=1, but {error}") from None
         missing = isinstance(error, build.BuildUnavailable)
         reason = str(error) if missing else "the compiler failed"
         info: dict[str, object] = {"built": False, "reason": reason}
         if not missing:
             info["output"] = str(error).splitlines()[-40:]
-        print(
-            f"bertfast: WARNING: the CPU kernels are not built: {error}\n"
-            "bertfast: WARNING: everything works, more slowly; `bertfast env` repeats this.",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Most machines have no nvcc, which is no reason to warn.
+        if not (name == "CUDA" and missing):
+            print(
+                f"bertfast: WARNING: the {name} kernels are not built: {error}\n"
+                "bertfast: WARNING: everything works, more slowly; `bertfast env` repeats this.",
+                file=sys.stderr,
+                flush=True,
+            )
         return None, info
     return result.path, result.info()
 
@@ -73,15 +84,17 @@ class BuildNative(build_ext):
     def run(self) -> None:
         where = ROOT / "bertfast" if self.inplace else Path(self.build_lib) / "bertfast"
         where.mkdir(parents=True, exist_ok=True)
-        module, info = _build_cpu()
-        target = where / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if module is None:
-            target.unlink(missing_ok=True)
-        else:
-            _replace(module, target)
         record = where / "_build_info.json"
-        record.write_text(json.dumps({"cpu": info, "cuda": build.cuda_info()}, indent=2) + "\n")
-        self._made = [str(record), *([str(target)] if module else [])]
+        information, self._made = {}, [str(record)]
+        for name, compile_in in (("CPU", _cpu), ("CUDA", _cuda)):
+            module, information[name.lower()] = _build(name, compile_in)
+            target = where / f"_{name.lower()}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            if module is None:
+                target.unlink(missing_ok=True)
+            else:
+                _replace(module, target)
+                self._made.append(str(target))
+        record.write_text(json.dumps(information, indent=2) + "\n")
 
     def get_outputs(self) -> list[str]:
         return getattr(self, "_made", [])

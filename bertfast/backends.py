@@ -26,11 +26,11 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
 TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton", "reference"),
-    "layernorm": ("cpu", "triton", "reference"),
-    "gelu": ("cpu", "triton", "reference"),
+    "layernorm": ("cpu", "triton", "cuda", "reference"),
+    "gelu": ("cpu", "triton", "cuda", "reference"),
     "embedding": ("cpu", "triton", "reference"),
     "cross_entropy": ("cpu", "triton", "reference"),
-    "dropout": ("cpu", "triton", "reference"),
+    "dropout": ("cpu", "triton", "cuda", "reference"),
 }
 # On CPU tensors these run in an interpreter or an emulation, which is for tests: there they must be
 # asked for by name.

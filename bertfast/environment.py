@@ -141,7 +141,10 @@ def _kernel_rows(kernels: dict[str, Any], built: dict[str, Any]) -> list[tuple[s
             rows.append((f"{name} build", f"not built: {part.get('reason', 'no reason recorded')}"))
             rows += [("", line) for line in part.get("output", [])]
             continue
-        rows.append((f"{name} build", f"{', '.join(part['isas'])} by {part['compiler']}"))
+        made_for = ", ".join(part.get("isas") or part["architectures"])
+        rows.append((f"{name} build", f"{made_for} by {part['compiler']}"))
+        if name != "cpu":
+            continue
         threads = "yes" if part["openmp"] else f"no, single-threaded: {part['openmp_reason']}"
         rows.append((f"{name} openmp", threads))
         rows += [(f"{name} without", f"{k}: {why}") for k, why in part["skipped_isas"].items()]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bertfast import ops
-from bertfast.backends import ON_GPU, TABLE
-from bertfast.kernels import cpu, triton
+from bertfast.backends import TABLE
+from bertfast.kernels import cpu, cuda, triton
 from bertfast.ops.dropout import (
     attention_keep_mask,
     dropout_scale,
@@ -826,12 +826,15 @@ PRECISIONS = {
     "reference": ("float32", "bfloat16", "float16", "bfloat16-mixed"),
     "cpu": ("float32", "bfloat16", "bfloat16-mixed"),
     "triton": ("float32", "float16", "bfloat16", "float16-mixed", "bfloat16-mixed"),
+    "cuda": ("float32", "float16", "bfloat16", "float16-mixed", "bfloat16-mixed"),
 }
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's gates run; a GPU backend's on the CPU while it is interpreted."""
-    return "cuda" if backend in ON_GPU and not triton.interpreted else "cpu"
+    """Where a backend's gates run; a GPU backend's on the CPU while it is interpreted or
+    emulated."""
+    on_cpu = {"triton": triton.interpreted, "cuda": cuda.emulated()}
+    return "cpu" if on_cpu.get(backend, True) else "cuda"
 
 
 def precisions_of(word: str, backend: str) -> list[str]:

@@ -354,17 +354,6 @@ def flag(name: str, default: bool = False) -> bool:
     raise ValueError(f"{name}: expected 0 or 1, got {value!r}")
 
 
-def cuda_info() -> dict[str, object]:
-    """Why there is no ``_cuda`` module."""
-    nvcc = shutil.which("nvcc") is not None
-    seen = "nvcc was found" if nvcc else "nvcc was not found"
-    return {
-        "built": False,
-        "reason": f"this version has no CUDA kernels ({seen})",
-        "nvcc_found": nvcc,
-    }
-
-
 _OPENMP_PROBE = "#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
 _CXX17_PROBE = "#include <optional>\nint probe() { return std::optional<int>(1).value(); }\n"
 
@@ -555,7 +544,9 @@ def _words(words: Sequence[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def _run_ninja(ninja: str, build_dir: Path, jobs: int | None) -> None:
+def _run_ninja(
+    ninja: str, build_dir: Path, jobs: int | None, what: str = "the CPU kernels"
+) -> None:
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     command = [ninja, "-C", str(build_dir), "-j", str(jobs or _cores())]
@@ -563,7 +554,7 @@ def _run_ninja(ninja: str, build_dir: Path, jobs: int | None) -> None:
         output = _run(command)
     except BuildError as error:
         tail = "\n".join(str(error).splitlines()[-80:])
-        raise BuildError(f"the CPU kernels do not compile:\n{tail}") from None
+        raise BuildError(f"{what} do not compile:\n{tail}") from None
     if flag("BERTFAST_VERBOSE_BUILD") or "warning:" in output:
         print(output, flush=True)
 

@@ -6,7 +6,8 @@
   same goes for ``arm64``, which needs a cross compiler and an emulator.
 - ``make test`` sets ``BERTFAST_TEST_INSTALLED=1``: importing bertfast from the source tree is then
   an error.
-- ``import csrc_build`` is the repository's ``csrc/build.py``.
+- ``import csrc_build`` is the repository's ``csrc/build.py``, ``csrc_build_cuda`` its
+  ``build_cuda.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 # Here the Triton kernels run on CPU tensors, in Triton's interpreter; `make gpu` is for the device.
 # Before anything imports triton, which reads it once.
@@ -28,16 +30,28 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIPS = ROOT / "tests" / "skips.txt"
 
 
-def _load_csrc_build() -> None:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+def _load(name: str, file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["csrc_build"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
 
 
-_load_csrc_build()
+def _emulate_cuda() -> None:
+    """Here the CUDA kernels are emulated on the CPU, as the Triton kernels are interpreted."""
+    build, build_cuda = _load("csrc_build", "build.py"), _load("csrc_build_cuda", "build_cuda.py")
+    try:
+        module = build_cuda.build_emulation(ROOT / "csrc", ROOT / "build" / "emulation")
+    except build.BuildUnavailable as error:
+        print(f"the CUDA kernels are not emulated: {error}", file=sys.stderr)
+    else:
+        os.environ["BERTFAST_CUDA_EMULATION"] = str(module)
+
+
+_emulate_cuda()
 
 try:
     from hypothesis import settings

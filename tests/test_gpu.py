@@ -165,6 +165,7 @@ def test_every_op_with_a_gpu_kernel_is_in_it():
     assert set(words) == {
         "attention", "layernorm", "gelu", "embedding", "cross_entropy", "dropout"
     }  # fmt: skip
+    assert place.backends("layernorm") == ["triton", "cuda"]
     keys = [unit.key for unit in units.all_units(place, words)]
     assert len(keys) == len(set(keys))
     for word in words:
@@ -320,7 +321,7 @@ def test_what_cannot_run_says_so():
 
     if not torch.cuda.is_available():
         assert "this torch sees no GPU" in make_gpu().stdout
-    done = make_gpu("--dry", TRITON_INTERPRET="0")
+    done = make_gpu("--dry", TRITON_INTERPRET="0", BERTFAST_CUDA_EMULATION="")
     if torch.version.cuda is None:
         assert "TRITON_INTERPRET=1 must be set" in done.stdout
     assert "no GPU kernel of gleu" in make_gpu("--dry", "--words", "gleu").stdout

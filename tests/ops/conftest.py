@@ -9,12 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import csrc_build
+import csrc_build_cuda
 import pytest
 import torch
 
 from bertfast import backends, testing
 from bertfast.backends import TABLE
-from bertfast.kernels import cpu, triton
+from bertfast.kernels import cpu, cuda, triton
 
 CSRC = Path(__file__).parents[2] / "csrc"
 TRITON = Path(triton.__file__).parent
@@ -86,6 +87,24 @@ class Mutants:
             yield
 
 
+class CudaMutants(Mutants):
+    """The same of the CUDA kernels, emulated."""
+
+    @contextmanager
+    def in_place(self, file: str, old: str, new: str) -> Iterator[None]:
+        with self.changed(file, old, new):
+            path = csrc_build_cuda.build_emulation(
+                self.source,
+                self.folder / f"mutant{self.count}",
+                build_dir=self.folder / "objects",
+            )
+        mutant = csrc_build.load(path, f"mutant{self.count}._cuda")
+        assert mutant.__file__ == str(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "_lib", mutant)
+            yield
+
+
 class TritonMutants:
     """Copies of the Triton kernels with one textual change, imported under another name."""
 
@@ -119,6 +138,11 @@ class TritonMutants:
 @pytest.fixture(scope="session")
 def triton_mutants(tmp_path_factory: pytest.TempPathFactory) -> TritonMutants:
     return TritonMutants(tmp_path_factory.mktemp("triton_mutants"))
+
+
+@pytest.fixture(scope="session")
+def cuda_mutants(tmp_path_factory: pytest.TempPathFactory) -> CudaMutants:
+    return CudaMutants(tmp_path_factory.mktemp("cuda_mutants"))
 
 
 @pytest.fixture(scope="session")

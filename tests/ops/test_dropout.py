@@ -296,6 +296,46 @@ def test_triton_gate_bites(name, triton_mutants):
         assert testing.gates_are_red("dropout", "triton")
 
 
+CUDA_MUTATIONS = {
+    "no 1 / (1 - p)": (
+        "cuda/common.h",
+        "? g.value[2 * i] * scale : 0.0f",
+        "? g.value[2 * i] : 0.0f",
+    ),
+    "dropped and kept swapped": (
+        "cuda/common.h",
+        "(word & 0xFFFFu) >= threshold",
+        "(word & 0xFFFFu) < threshold",
+    ),
+    "the high lanes are the low ones": (
+        "cuda/common.h",
+        "(word >> 16) >= threshold",
+        "(word & 0xFFFFu) >= threshold",
+    ),
+    "the row's mask for the first row": (
+        "cuda/dropout.cu",
+        "mask.apply(x, row, number)",
+        "mask.apply(x, 0, number)",
+    ),
+    "every group has the first one's mask": (
+        "cuda/dropout.cu",
+        "mask.apply(x, row, number)",
+        "mask.apply(x, row, 0)",
+    ),
+    "rows behind the first step left out": (
+        "cuda/dropout.cu",
+        "i < groups; i += step",
+        "i < groups && i < step; i += step",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_MUTATIONS)
+def test_cuda_gate_bites(name, cuda_mutants):
+    with cuda_mutants.in_place(*CUDA_MUTATIONS[name]):
+        assert testing.gates_are_red("dropout", "cuda")
+
+
 BAD = {
     "p: expected a probability from 0 to 1, got 1.1": ((1.1, SEED, 1), ValueError),
     "seed: expected an int64 tensor of one element when": ((0.1, None, 1), ValueError),

@@ -173,6 +173,51 @@ def test_triton_gate_bites(name, triton_mutants):
         assert testing.gates_are_red("gelu", "triton")
 
 
+CUDA_MUTATIONS = {
+    "the bias of the first columns": (
+        "cuda/gelu.cu",
+        "load<WIDE>(column, left)",
+        "load<WIDE>(0, left)",
+    ),
+    "tanh without its cubic term": (
+        "cuda/gelu.cu",
+        "tanhf(sqrt_two_over_pi * (z + cubic * z * z * z))",
+        "tanhf(sqrt_two_over_pi * z)",
+    ),
+    "the density without its constant": (
+        "cuda/gelu.cu",
+        "z * one_over_sqrt_two_pi * expf",
+        "z * expf",
+    ),
+    "the slope of the tanh left out": (
+        "cuda/gelu.cu",
+        "* (1.0f - t * t) * inner_slope",
+        "* (1.0f - t * t)",
+    ),
+    "dbias of one row of threads": (
+        "cuda/gelu.cu",
+        "for (int i = 0; i < down; ++i)",
+        "for (int i = 0; i < 1; ++i)",
+    ),
+    "dbias of the neighbouring column": (
+        "cuda/gelu.cu",
+        "const int own = threadIdx.x / group, j = threadIdx.x % group;",
+        "const int own = threadIdx.x / group, j = threadIdx.x % group ^ 1;",
+    ),
+    "rows of the next blocks left out": (
+        "cuda/gelu.cu",
+        "row += int64_t{down} * gridDim.y",
+        "row += a.rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_MUTATIONS)
+def test_cuda_gate_bites(name, cuda_mutants):
+    with cuda_mutants.in_place(*CUDA_MUTATIONS[name]):
+        assert testing.gates_are_red("gelu", "cuda")
+
+
 BAD = {
     "x: expected a floating-point": ({"x": torch.ones(2, 4, dtype=torch.int64)}, TypeError),
     "x: expected at least one dimension": ({"x": torch.ones(())}, ValueError),
@@ -183,7 +228,6 @@ BAD = {
         {"x": torch.ones(2, 4).double(), "backend": "cpu"},
         RuntimeError,
     ),
-    "gelu: backend 'cuda' has no kernel for it": ({"backend": "cuda"}, RuntimeError),
 }
 
 

@@ -259,6 +259,81 @@ def test_triton_gate_bites(name, triton_mutants):
         assert testing.gates_are_red("layernorm", "triton")
 
 
+CUDA_MUTATIONS = {
+    "no mean in the output": (
+        "cuda/layernorm.cu",
+        "(s.value[j] - of.mean) * of.rstd * w.value[j]",
+        "s.value[j] * of.rstd * w.value[j]",
+    ),
+    "statistics of another row": (
+        "cuda/layernorm.cu",
+        "a.statistics[a.rows + row] = of.rstd;",
+        "a.statistics[a.rows + first] = of.rstd;",
+    ),
+    "the sum is not rounded before its statistics": (
+        "cuda/layernorm.cu",
+        "s.value[j] = to_float(from_float<T>(s.value[j]));",
+        "",
+    ),
+    "a row of a block is left out": (
+        "cuda/layernorm.cu",
+        "const bool there = row < a.rows;\n    Group s[",
+        "const bool there = row < a.rows && own < 3;\n    Group s[",
+    ),
+    "elements behind a row's end count in the streamed sums": (
+        "cuda/layernorm.cu",
+        "const float d = j < left ? s.value[j] - about : 0.0f;",
+        "const float d = s.value[j] - about;",
+    ),
+    "no second mean in ds": (
+        "cuda/layernorm.cu",
+        "- means.a - p.xhat.value[j] * means.b",
+        "- means.a",
+    ),
+    "the residual's gradient is dropped out, too": (
+        "cuda/layernorm.cu",
+        "store_group<WIDE>(static_cast<T*>(a.dresidual) + at, ds, left);",
+        "store_group<WIDE>(static_cast<T*>(a.dresidual) + at, mask.apply(ds, row, number), left);",
+    ),
+    "only the first warp's share of dweight": (
+        "cuda/layernorm.cu",
+        "other < Shape::ROWS - 1; ++other)",
+        "other < 0; ++other)",
+    ),
+    "dbias in dweight's place": (
+        "cuda/layernorm.cu",
+        "Group sum = which == 0 ? dweight[i] : dbias[i];",
+        "Group sum = which == 0 ? dbias[i] : dweight[i];",
+    ),
+    "shares of the streamed rows overwritten": (
+        "cuda/layernorm.cu",
+        "for (int i = 0; i < shares_down; ++i)",
+        "for (int i = 0; i < 1; ++i)",
+    ),
+    "the last block's share left out": (
+        "cuda/sums.h",
+        "i < a.blocks; i += sum_down",
+        "i < a.blocks - 1; i += sum_down",
+    ),
+    "a warp's sum for the block's": (
+        "cuda/common.h",
+        "for (int i = 0; i < warps; ++i) {\n      v.a",
+        "for (int i = 0; i < 1; ++i) {\n      v.a",
+    ),
+    "the half of a warp": (
+        "cuda/common.h",
+        "for (int lanes = 16; lanes > 0; lanes /= 2)",
+        "for (int lanes = 8; lanes > 0; lanes /= 2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_MUTATIONS)
+def test_cuda_gate_bites(name, cuda_mutants):
+    with cuda_mutants.in_place(*CUDA_MUTATIONS[name]):
+        assert testing.gates_are_red("layernorm", "cuda")
+
+
 BAD = {
     "x: expected a floating-point": ({"x": torch.ones(2, 4, dtype=torch.int64)}, TypeError),
     "x: expected a tensor": ({"x": [1.0]}, TypeError),

@@ -146,7 +146,8 @@ def copy_tree(target: Path) -> Path:
 def toy_tree(target: Path) -> Path:
     """The same with :data:`TOY` in the place of the kernels."""
     copy_tree(target)
-    shutil.rmtree(target / "csrc" / "cpu")
+    for name in ("cpu", "cuda"):
+        shutil.rmtree(target / "csrc" / name)
     write_toy(target / "csrc")
     return target
 
@@ -196,7 +197,7 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     pip(
         "wheel", "--no-deps", "--wheel-dir", out, unpacked, cwd=out,
-        BERTFAST_REQUIRE_CPU="1", PIP_BUILD_CONSTRAINT=CONSTRAINTS,
+        BERTFAST_REQUIRE_CPU="1", PIP_BUILD_CONSTRAINT=CONSTRAINTS, BERTFAST_CUDA_ARCHS="90a",
     )  # fmt: skip
     (path,) = out.glob("*.whl")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import sysconfig
 import tarfile
@@ -49,8 +50,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "bertfast/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert information["cpu"]["built"] is True
-    assert information["cuda"]["built"] is False
-    assert "no CUDA kernels" in information["cuda"]["reason"]
+    if shutil.which("nvcc"):
+        assert information["cuda"]["architectures"] == ["90a"]
+        assert f"bertfast/_cuda{SUFFIX}" in names
+    else:
+        assert "nvcc was not found" in information["cuda"]["reason"]
     # The wheel names its platform: it holds machine code.
     assert not wheel.name.endswith("-none-any.whl")
 
@@ -94,7 +98,7 @@ def test_env_says_what_was_built(installed: Environment) -> None:
     assert information["kernels"]["isa"] in information["kernels"]["isas"]
     assert {row["op"] for row in information["ops"]} >= {"layernorm", "gelu", "attention"}
     text = installed.bertfast("env")
-    for part in ("versions", "native kernels", "no CUDA kernels", information["kernels"]["isa"]):
+    for part in ("versions", "native kernels", "cuda build", information["kernels"]["isa"]):
         assert part in text
 
 
@@ -120,6 +124,7 @@ def test_without_a_compiler_it_installs_and_says_so(
     assert (backend, kernels) == ("reference", None)
     information = json.loads(environment.bertfast("env", "--json"))
     assert information["built"]["cpu"]["built"] is False
+    assert "nvcc was not found" in information["built"]["cuda"]["reason"]
     assert "no C++ compiler on PATH" in information["built"]["cpu"]["reason"]
     assert "ModuleNotFoundError" in information["kernels"]["error"]
 

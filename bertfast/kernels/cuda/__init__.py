@@ -1,0 +1,104 @@
+"""Thin calls into ``bertfast._cuda``, the CUDA C++ kernels (``csrc/cuda``).
+
+A launcher allocates the outputs, hands over addresses and sizes, and turns a failed launch into a
+:class:`bertfast.errors.KernelError` with CUDA's message. It does no arithmetic on tensors.
+
+For tests, ``BERTFAST_CUDA_EMULATION`` is the path of the same module compiled for the CPU
+(``csrc/emulation``), which takes CPU tensors.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bertfast.errors import KernelError
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_lib: ModuleType | None = None
+# Why no kernel here can run at all, or None.
+missing: str | None = None
+
+_emulation = os.environ.get("BERTFAST_CUDA_EMULATION", "").strip()
+try:
+    if _emulation:
+        _spec = importlib.util.spec_from_file_location("_cuda", _emulation)
+        if _spec is None or _spec.loader is None:
+            raise ImportError(f"BERTFAST_CUDA_EMULATION: {_emulation} is not an extension module")
+        _lib = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(_lib)
+    elif torch.version.cuda is None:
+        missing = "this torch was built without CUDA"
+    else:
+        _lib = importlib.import_module("bertfast._cuda")
+except ImportError as error:
+    # Asked for by name, it is an error, not a fallback.
+    if _emulation:
+        raise
+    missing = f"bertfast._cuda is not there ({error}); bertfast env says why"
+
+
+def library() -> ModuleType:
+    """The loaded extension module."""
+    if _lib is None:
+        raise KernelError(f"bertfast._cuda is not there: {missing}")
+    return _lib
+
+
+def emulated() -> bool:
+    """Whether the kernels run on the CPU."""
+    return _lib is not None and bool(_lib.emulated)
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take ``x``, or None."""
+    if _lib is None:
+        return missing
+    if emulated():
+        if not x.is_cpu:
+            return f"the input is on {x.device}; the emulation takes CPU tensors"
+    elif not x.is_cuda:
+        return f"the input is on {x.device}, not on a CUDA device"
+    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
+    elif torch.cuda.get_device_properties(x.device.index).major < 8:
+        return f"{x.device} has a compute capability below 8.0"
+    if x.dtype not in _DTYPES:
+        return f"the input is {x.dtype}; it takes torch.float32, torch.bfloat16 and torch.float16"
+    return None
+
+
+def dtype_code(x: Tensor) -> int:
+    return _DTYPES[x.dtype]
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors_of(x: Tensor) -> int:
+    """Of ``x``'s device; one where it is emulated, so that few blocks go round several times."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 1
+
+
+def place_of(x: Tensor) -> tuple[int, int]:
+    """The device's index, and the stream torch is using there."""
+    if not x.is_cuda:
+        return 0, 0
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+
+
+def check_launch(status: int, kernel: str, **numbers: object) -> None:
+    if status:
+        listed = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise KernelError(
+            f"bertfast._cuda.{kernel}: CUDA error: {library().status_text(status)}: {listed}"
+        )

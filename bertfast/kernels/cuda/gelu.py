@@ -1,0 +1,73 @@
+"""gelu in CUDA C++: ``csrc/cuda/gelu.cu``."""
+
+import torch
+from torch import Tensor
+
+from bertfast.kernels import cuda
+from bertfast.kernels.cuda import address, check_launch, dtype_code, place_of, processors_of
+from bertfast.kernels.layout import dense, rows_and_columns
+
+
+def supports(x: Tensor) -> str | None:
+    return cuda.unsupported(x)
+
+
+def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    x = dense(x)
+    bias = None if bias is None else dense(bias)
+    out = torch.empty_like(x)
+    rows, columns = rows_and_columns(x, bias)
+    device, stream = place_of(x)
+    status = cuda.library().gelu_forward(
+        device,
+        processors_of(x),
+        stream,
+        x.data_ptr(),
+        address(bias),
+        out.data_ptr(),
+        rows,
+        columns,
+        approximate == "tanh",
+        dtype_code(x),
+        bias is not None and bias.dtype == torch.float32,
+    )
+    if status:
+        check_launch(status, "gelu_forward", rows=rows, columns=columns, dtype=x.dtype)
+    return out
+
+
+def backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    dout, x = dense(dout), dense(x)
+    dx = torch.empty_like(x)
+    rows, columns = rows_and_columns(x, bias)
+    # As many as fill the device, over all strips of 256 columns.
+    blocks = max(1, min(8 * processors_of(x) // (columns // 256 + 1), rows // 8, 4096))
+    if bias is None:
+        partial, dbias = None, x.new_empty(0)
+    else:
+        bias = dense(bias)
+        partial = torch.empty(blocks, columns, dtype=torch.float32, device=x.device)
+        dbias = torch.empty_like(bias)
+    device, stream = place_of(x)
+    status = cuda.library().gelu_backward(
+        device,
+        processors_of(x),
+        stream,
+        dout.data_ptr(),
+        x.data_ptr(),
+        address(bias),
+        dx.data_ptr(),
+        address(dbias),
+        address(partial),
+        rows,
+        columns,
+        blocks,
+        approximate == "tanh",
+        dtype_code(x),
+        bias is not None and bias.dtype == torch.float32,
+    )
+    if status:
+        check_launch(status, "gelu_backward", rows=rows, columns=columns, dtype=x.dtype)
+    return dx, dbias

@@ -1,0 +1,98 @@
+// bertfast._cuda: the launchers of kernels.h for Python, which checks every argument. A launch
+// returns CUDA's status, 0 if all is well; status_text says what another one means.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+
+#if defined(BERTFAST_EMULATION)
+#include "../emulation/emulation.h"
+#endif
+
+namespace py = pybind11;
+using namespace bertfast;
+
+namespace {
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Dtype dtype_of(int code) { return static_cast<Dtype>(code); }
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "bertfast's CUDA kernels";
+  m.def("status_text", &status_text);
+  m.def("layernorm_forward",
+        [](int device, int processors, uintptr_t stream, uintptr_t x, uintptr_t residual,
+           uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t total, uintptr_t statistics,
+           uintptr_t seed, int64_t rows, int64_t columns, float eps, uint32_t threshold,
+           uint32_t site, int dtype, bool wide_parameters) {
+          if (const int failed = set_device(device)) return failed;
+          return layernorm_forward(
+              {pointer(x), pointer(residual), pointer(weight), pointer(bias), pointer(out),
+               pointer(total), pointer<float>(statistics), pointer<int64_t>(seed), rows, columns,
+               eps, threshold, site, dtype_of(dtype), wide_parameters},
+              processors, pointer(stream));
+        });
+  m.def("layernorm_backward",
+        [](int device, uintptr_t stream, uintptr_t dout, uintptr_t total, uintptr_t weight,
+           uintptr_t statistics, uintptr_t dx, uintptr_t dresidual, uintptr_t dweight,
+           uintptr_t dbias, uintptr_t partial, uintptr_t seed, int64_t rows, int64_t columns,
+           int64_t blocks, uint32_t threshold, uint32_t site, int dtype, bool wide_parameters) {
+          if (const int failed = set_device(device)) return failed;
+          return layernorm_backward(
+              {pointer(dout), pointer(total), pointer(weight), pointer<float>(statistics),
+               pointer(dx), pointer(dresidual), pointer(dweight), pointer(dbias),
+               pointer<float>(partial), pointer<int64_t>(seed), rows, columns, blocks, threshold,
+               site, dtype_of(dtype), wide_parameters},
+              pointer(stream));
+        });
+  m.def("gelu_forward",
+        [](int device, int processors, uintptr_t stream, uintptr_t x, uintptr_t bias, uintptr_t out,
+           int64_t rows, int64_t columns, bool tanh, int dtype, bool wide_parameters) {
+          if (const int failed = set_device(device)) return failed;
+          return gelu_forward({pointer(x), pointer(bias), pointer(out), rows, columns, tanh,
+                               dtype_of(dtype), wide_parameters},
+                              processors, pointer(stream));
+        });
+  m.def("gelu_backward",
+        [](int device, int processors, uintptr_t stream, uintptr_t dout, uintptr_t x,
+           uintptr_t bias, uintptr_t dx, uintptr_t dbias, uintptr_t partial, int64_t rows,
+           int64_t columns, int64_t blocks, bool tanh, int dtype, bool wide_parameters) {
+          if (const int failed = set_device(device)) return failed;
+          return gelu_backward({pointer(dout), pointer(x), pointer(bias), pointer(dx),
+                                pointer(dbias), pointer<float>(partial), rows, columns, blocks,
+                                tanh, dtype_of(dtype), wide_parameters},
+                               processors, pointer(stream));
+        });
+  m.def("dropout",
+        [](int device, int processors, uintptr_t stream, uintptr_t x, uintptr_t out, uintptr_t seed,
+           int64_t rows, int64_t columns, uint32_t threshold, uint32_t site, int dtype) {
+          if (const int failed = set_device(device)) return failed;
+          return dropout({pointer(x), pointer(out), pointer<int64_t>(seed), rows, columns,
+                          threshold, site, dtype_of(dtype)},
+                         processors, pointer(stream));
+        });
+
+#if defined(BERTFAST_EMULATION)
+  m.attr("emulated") = true;
+  // The order in which threads run between two barriers: "forward", "reverse" or "random"; and the
+  // byte that shared memory is filled with.
+  m.def("set_emulation", [](const std::string& order, uint32_t seed, uint8_t pattern) {
+    using emulation::Order;
+    auto& emulator = emulation::Emulator::the();
+    emulator.order = order == "forward"   ? Order::forward
+                     : order == "reverse" ? Order::reverse
+                                          : Order::random;
+    emulator.seed = seed;
+    emulator.pattern = pattern;
+  });
+#else
+  m.attr("emulated") = false;
+#endif
+}

@@ -1,0 +1,88 @@
+// What the binding and the launchers agree on: pointers to device memory, sizes, the device's
+// number of multiprocessors (which decides how many blocks share out a sum, so that one device
+// always gives the same bits) and the stream. A launcher's status is CUDA's.
+#pragma once
+
+#include <cstdint>
+
+namespace bertfast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+struct LayernormForward {
+  const void* x;         // (rows, columns)
+  const void* residual;  // (rows, columns) or null
+  const void* weight;    // (columns), in dtype, or float32 if wide_parameters
+  const void* bias;      // likewise
+  void* out;             // (rows, columns)
+  void* total;           // (rows, columns): residual + dropout(x), or null: not kept
+  float* statistics;     // (2, rows): mean, rstd
+  const int64_t* seed;   // one element; null without dropout
+  int64_t rows, columns;
+  float eps;
+  uint32_t threshold, site;
+  Dtype dtype;
+  bool wide_parameters;
+};
+
+struct LayernormBackward {
+  const void* dout;         // (rows, columns)
+  const void* total;        // (rows, columns)
+  const void* weight;       // (columns), in dtype, or float32 if wide_parameters
+  const float* statistics;  // (2, rows): mean, rstd
+  void* dx;                 // (rows, columns)
+  void* dresidual;          // (rows, columns), or null: the same as dx, or no residual
+  void* dweight;            // (columns), as weight
+  void* dbias;              // likewise
+  float* partial;           // (blocks, 2, columns): each block's share of dweight and dbias
+  const int64_t* seed;      // one element; null without dropout
+  int64_t rows, columns, blocks;
+  uint32_t threshold, site;
+  Dtype dtype;
+  bool wide_parameters;
+};
+
+struct GeluForward {
+  const void* x;     // (rows, columns)
+  const void* bias;  // (columns), in dtype, or float32 if wide_parameters, or null
+  void* out;         // (rows, columns)
+  int64_t rows, columns;
+  bool tanh;
+  Dtype dtype;
+  bool wide_parameters;
+};
+
+struct GeluBackward {
+  const void* dout;  // (rows, columns)
+  const void* x;     // (rows, columns)
+  const void* bias;  // (columns), in dtype, or float32 if wide_parameters, or null
+  void* dx;          // (rows, columns)
+  void* dbias;       // (columns), as bias, or null
+  float* partial;    // (blocks, columns): each block's share of dbias; null without bias
+  int64_t rows, columns, blocks;
+  bool tanh;
+  Dtype dtype;
+  bool wide_parameters;
+};
+
+struct Dropout {
+  const void* x;        // (rows, columns)
+  void* out;            // (rows, columns)
+  const int64_t* seed;  // one element
+  int64_t rows, columns;
+  uint32_t threshold, site;
+  Dtype dtype;
+};
+
+// The runtime that is linked in keeps a current device of its own.
+int set_device(int device);
+const char* status_text(int status);
+
+// `stream` is a cudaStream_t.
+int layernorm_forward(const LayernormForward& a, int processors, void* stream);
+int layernorm_backward(const LayernormBackward& a, void* stream);
+int gelu_forward(const GeluForward& a, int processors, void* stream);
+int gelu_backward(const GeluBackward& a, int processors, void* stream);
+int dropout(const Dropout& a, int processors, void* stream);
+
+}  // namespace bertfast
