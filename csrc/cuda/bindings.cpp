@@ -40,17 +40,18 @@ PYBIND11_MODULE(_cuda, m) {
               processors, pointer(stream));
         });
   m.def("layernorm_backward",
-        [](int device, uintptr_t stream, uintptr_t dout, uintptr_t total, uintptr_t weight,
-           uintptr_t statistics, uintptr_t dx, uintptr_t dresidual, uintptr_t dweight,
-           uintptr_t dbias, uintptr_t partial, uintptr_t seed, int64_t rows, int64_t columns,
-           int64_t blocks, uint32_t threshold, uint32_t site, int dtype, bool wide_parameters) {
+        [](int device, int processors, uintptr_t stream, uintptr_t dout, uintptr_t total,
+           uintptr_t weight, uintptr_t statistics, uintptr_t dx, uintptr_t dresidual,
+           uintptr_t dweight, uintptr_t dbias, uintptr_t partial, uintptr_t seed, int64_t rows,
+           int64_t columns, int64_t blocks, uint32_t threshold, uint32_t site, int dtype,
+           bool wide_parameters) {
           if (const int failed = set_device(device)) return failed;
           return layernorm_backward(
               {pointer(dout), pointer(total), pointer(weight), pointer<float>(statistics),
                pointer(dx), pointer(dresidual), pointer(dweight), pointer(dbias),
                pointer<float>(partial), pointer<int64_t>(seed), rows, columns, blocks, threshold,
                site, dtype_of(dtype), wide_parameters},
-              pointer(stream));
+              processors, pointer(stream));
         });
   m.def("gelu_forward",
         [](int device, int processors, uintptr_t stream, uintptr_t x, uintptr_t bias, uintptr_t out,

@@ -80,7 +80,7 @@ const char* status_text(int status);
 
 // `stream` is a cudaStream_t.
 int layernorm_forward(const LayernormForward& a, int processors, void* stream);
-int layernorm_backward(const LayernormBackward& a, void* stream);
+int layernorm_backward(const LayernormBackward& a, int processors, void* stream);
 int gelu_forward(const GeluForward& a, int processors, void* stream);
 int gelu_backward(const GeluBackward& a, int processors, void* stream);
 int dropout(const Dropout& a, int processors, void* stream);

@@ -367,7 +367,7 @@ int layernorm_forward(const LayernormForward& a, int processors, void* stream) {
   });
 }
 
-int layernorm_backward(const LayernormBackward& a, void* stream) {
+int layernorm_backward(const LayernormBackward& a, int, void* stream) {
   const bool wide = a.columns % group == 0 && aligned(a.dout) && aligned(a.total) &&
                     aligned(a.weight) && aligned(a.dx) && aligned(a.dresidual) &&
                     aligned(a.partial);

@@ -123,6 +123,57 @@ class Emulator {
     return self.seen;
   }
 
+  // 16 bytes, or zeros without a source. Copied only when it is waited for.
+  void copy_async(void* to, const void* from, const char* where) {
+    check_aligned(to, where);
+    check_aligned(from, where);
+    fibers_[current_].copies.back().push_back({to, from});
+  }
+
+  void commit_copies() { fibers_[current_].copies.emplace_back(); }
+
+  // All groups that were committed, but for the last `later`.
+  void wait_for_copies(size_t later) {
+    auto& groups = fibers_[current_].copies;
+    while (groups.size() > later + 1) {
+      for (const Copy& copy : groups.front())
+        copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+      groups.erase(groups.begin());
+    }
+  }
+
+  void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const char* where) {
+    check_aligned(row, where);
+    const uint64_t* rows = exchange(all_lanes, reinterpret_cast<uintptr_t>(row), where);
+    const int lane = current_ % warp_size;
+    for (int i = 0; i < 4; ++i) {
+      uint16_t pair[2];
+      for (int j = 0; j < 2; ++j) {
+        const int r = transposed ? 2 * (lane % 4) + j : lane / 4;
+        const int c = transposed ? lane / 4 : 2 * (lane % 4) + j;
+        pair[j] = reinterpret_cast<const uint16_t*>(rows[8 * i + r])[c];
+      }
+      to[i] = uint32_t{pair[0]} | uint32_t{pair[1]} << 16;
+    }
+  }
+
+  // What every lane of the warp brings to a product.
+  struct Fragments {
+    uint32_t a[warp_size][4], b[warp_size][2];
+  };
+
+  Fragments gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], const char* where) {
+    Fragments all;
+    for (int i = 0; i < 4; ++i) {
+      const uint64_t* seen = exchange(all_lanes, a[i] | uint64_t{b[i % 2]} << 32, where);
+      for (int lane = 0; lane < warp_size; ++lane) {
+        all.a[lane][i] = static_cast<uint32_t>(seen[lane]);
+        all.b[lane][i % 2] = static_cast<uint32_t>(seen[lane] >> 32);
+      }
+    }
+    return all;
+  }
+
   // Memory of the block: the same for all of its threads that ask under the same name.
   void* shared(const void* key, size_t bytes) {
     for (const Area& area : areas_)
@@ -150,7 +201,14 @@ class Emulator {
   static constexpr size_t redzone = 128;  // the largest alignment anything asks for, too
   static constexpr size_t stack_bytes = 256 * 1024;
 
+  static constexpr uint32_t all_lanes = 0xFFFFFFFFu;
+
   enum class Wait { nothing, barrier, warp, ended };
+
+  struct Copy {
+    void* to;
+    const void* from;
+  };
 
   struct Fiber {
     ucontext_t context{};
@@ -161,6 +219,7 @@ class Emulator {
     uint32_t mask = 0;
     uint64_t brought = 0;
     uint64_t seen[warp_size] = {};
+    std::vector<std::vector<Copy>> copies;  // groups; the last one is not committed
     void* fake_stack = nullptr;
   };
 
@@ -224,11 +283,16 @@ class Emulator {
 #endif
   }
 
+  void check_aligned(const void* p, const char* where) {
+    if (reinterpret_cast<uintptr_t>(p) % 16) fail("an address is not on 16 bytes", where);
+  }
+
   void start(int i) {
     Fiber& fiber = fibers_[i];
     const unsigned n = unsigned(i);
     fiber.index = dim3(n % block_.x, n / block_.x % block_.y, n / block_.x / block_.y);
     fiber.wait = Wait::nothing;
+    fiber.copies.assign(1, {});
     if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -408,3 +472,25 @@ inline const bertfast::emulation::Index gridDim{&bertfast::emulation::Emulator::
 #define __shfl_xor_sync(mask, value, lanes)                                            \
   bertfast::emulation::shuffle(mask, value, bertfast::emulation::own_lane() ^ (lanes), \
                                BERTFAST_WHERE)
+
+// Blocks and threads run one at a time, so that a plain read and write is atomic.
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p = before + value;
+  return before;
+}
+
+template <class T>
+T atomicMax(T* p, T value) {
+  const T before = *p;
+  *p = before < value ? value : before;
+  return before;
+}
+
+template <class T>
+T atomicCAS(T* p, T expected, T value) {
+  const T before = *p;
+  if (before == expected) *p = value;
+  return before;
+}

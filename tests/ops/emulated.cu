@@ -1,6 +1,6 @@
 // Kernels that are wrong in one way each, and one that is not; test_emulation.py sees the emulation
 // tell.
-#include "cuda/common.h"
+#include "tensor.cu"
 
 namespace bertfast {
 namespace {
@@ -79,6 +79,17 @@ __global__ void misaligned(Arguments a) {
   }
 }
 
+template <int WAITED, bool SWAPPED>
+__global__ void product(Arguments a) {
+  tensor_product<WAITED, SWAPPED>(reinterpret_cast<const Bfloat16*>(a.in), a.out);
+}
+
+__global__ void counted(Arguments a) {
+  if (threadIdx.x == 0) a.out[0] = 0.0f;
+  __syncthreads();
+  atomicAdd(&a.out[0], a.in[threadIdx.x]);
+}
+
 }  // namespace
 }  // namespace bertfast
 
@@ -101,5 +112,12 @@ extern "C" const char* run(const char* name, const float* in, float* out, int or
   CASE(shuffle_outside_of_the_mask);
   CASE(beyond_global);
   CASE(misaligned);
+  CASE(counted);
+#undef CASE
+  // A is 16 x 16 and B 16 x 8, both from `in`; the product is 16 x 8.
+  const std::string which(name);
+  if (which == "product") launch(name, product<0, false>, 1, 32, nullptr, a);
+  if (which == "product_not_waited_for") launch(name, product<1, false>, 1, 32, nullptr, a);
+  if (which == "product_swapped") launch(name, product<0, true>, 1, 32, nullptr, a);
   return emulator.error.c_str();
 }

@@ -45,7 +45,7 @@ def layernorm(lib: Any, draw: Callable[[Any], Any], b: Half) -> list[int]:
             threshold, 3, code, wide,
         ),
         lib.layernorm_backward(
-            0, 0, dout, total, weight, statistics, dx, dresidual, dweight, dbias, partial, seed,
+            0, 1, 0, dout, total, weight, statistics, dx, dresidual, dweight, dbias, partial, seed,
             n, c, blocks, threshold, 3, code, wide,
         ),
     ]  # fmt: skip

@@ -103,6 +103,18 @@ def compiled(tmp_path_factory):
     return {key: job.result() for key, job in jobs.items()}
 
 
+def test_tensor_cores_are_used(compiled, tmp_path):
+    """What tests/ops/test_emulation.py runs, compiled: the copy, the load and the product are each
+    one instruction."""
+    target = tmp_path / "tensor.cubin"
+    source = Path(__file__).with_name("tensor.cu")
+    command = [csrc_build_cuda.find_nvcc(), "-std=c++17", "-O3", "-cubin", "-arch=sm_80"]
+    output_of(*command, f"-I{CSRC}", source, "-o", target)
+    code = output_of(tool("nvdisasm"), "-c", target)
+    for instruction in ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "HMMA.16816"):
+        assert re.search(rf"\b{re.escape(instruction)}", code), instruction
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("word", WORDS)
 def test_no_spills_and_room_for_two_blocks(compiled, word, architecture):

@@ -43,8 +43,9 @@ def run(tmp_path_factory):
     library = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("emulated"))))
     library.run.restype = ctypes.c_char_p
 
-    def call(name, order=0, pattern=0xFF):
-        given, out = torch.arange(65.0), torch.zeros(64)
+    def call(name, order=0, pattern=0xFF, given=None, outputs=64):
+        given = torch.arange(65.0) if given is None else given
+        out = torch.zeros(outputs)
         address = (ctypes.c_void_p(x.data_ptr()) for x in (given, out))
         return library.run(name.encode(), *address, order, pattern).decode(), out
 
@@ -121,6 +122,33 @@ library.run({name!r}.encode(), given, out, 0, 255)
     )
     assert done.returncode != 0
     assert message in done.stderr, done.stderr[-2000:]
+
+
+def product(run, name, *mode):
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16()
+    given = torch.cat((a.flatten(), b.flatten()))
+    error, out = run(name, *mode, given=given, outputs=128)
+    assert error == ""
+    return out.view(16, 8), a.float() @ b.float()
+
+
+def test_a_product_on_tensor_cores(run):
+    for mode in MODES:
+        got, expected = product(run, "product", *mode)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["product_not_waited_for", "product_swapped"])
+def test_a_wrong_product_is_wrong(run, name):
+    """A copy nobody waited for has not happened; registers in another order are another matrix."""
+    got, expected = product(run, name)
+    assert not torch.allclose(got, expected, equal_nan=True)
+
+
+def test_atomics(run):
+    for mode in MODES:
+        assert run("counted", *mode)[1][0] == torch.arange(64.0).sum()
 
 
 def outputs_of(case, dtype, order, pattern):
@@ -219,6 +247,13 @@ def test_our_kernels_stay_in_bounds_and_aligned(tmp_path):
     assert int(re.search(r"(\d+) calls", done.stdout)[1]) >= 100
 
 
-def test_a_failed_launch_says_what_and_where():
-    with pytest.raises(KernelError, match=r"_cuda\.gelu: CUDA error: .*: rows=3, columns=8"):
-        cuda.check_launch(719, "gelu", rows=3, columns=8)
+def test_a_failed_launch_says_what_and_where(monkeypatch):
+    class Failing:
+        emulated = True
+        status_text = staticmethod(lambda status: f"out of luck {status}")
+        dropout = staticmethod(lambda *arguments: 700)
+
+    monkeypatch.setattr(cuda, "_lib", Failing)
+    said = r"_cuda\.dropout: CUDA error: out of luck 700: rows=3, columns=8, torch\.float32"
+    with pytest.raises(KernelError, match=said):
+        kernel("dropout", "cuda").forward(torch.ones(3, 8), testing.seed_tensor(), 20000, 3)

@@ -7,7 +7,6 @@ For tests, ``BERTFAST_CUDA_EMULATION`` is the path of the same module compiled f
 (``csrc/emulation``), which takes CPU tensors.
 """
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bertfast.errors import KernelError
+from bertfast.kernels.device import on_device, properties
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _lib: ModuleType | None = None
@@ -79,26 +79,26 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def processors_of(x: Tensor) -> int:
     """Of ``x``'s device; one where it is emulated, so that few blocks go round several times."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 1
+    return properties(x.device.index)[1] if x.is_cuda else 1
 
 
-def place_of(x: Tensor) -> tuple[int, int]:
-    """The device's index, and the stream torch is using there."""
-    if not x.is_cuda:
-        return 0, 0
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+def launch(kernel: str, x: Tensor, *arguments: object, **numbers: object) -> None:
+    """Call a launcher of ``csrc/cuda`` on ``x``'s device and torch's stream there.
 
+    Args:
+        arguments: its own: addresses, sizes, options.
+        numbers: for the message, where it fails.
 
-def check_launch(status: int, kernel: str, **numbers: object) -> None:
+    Raises:
+        KernelError: the launch failed; the message is CUDA's.
+    """
+    device = x.device.index if x.is_cuda else 0
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    with on_device(x):
+        status = getattr(library(), kernel)(device, processors_of(x), stream, *arguments)
     if status:
         listed = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise KernelError(
-            f"bertfast._cuda.{kernel}: CUDA error: {library().status_text(status)}: {listed}"
-        )
+        text = library().status_text(status)
+        raise KernelError(f"bertfast._cuda.{kernel}: CUDA error: {text}: {listed}, {x.dtype}")

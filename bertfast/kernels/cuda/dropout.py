@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cuda
-from bertfast.kernels.cuda import check_launch, dtype_code, place_of, processors_of
+from bertfast.kernels.cuda import dtype_code, launch
 from bertfast.kernels.layout import dense
 
 
@@ -17,11 +17,9 @@ def forward(x: Tensor, seed: Tensor, threshold: int, site: int) -> Tensor:
     out = torch.empty_like(x)
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
-    device, stream = place_of(x)
-    status = cuda.library().dropout(
-        device,
-        processors_of(x),
-        stream,
+    launch(
+        "dropout",
+        x,
         x.data_ptr(),
         out.data_ptr(),
         seed.data_ptr(),
@@ -30,7 +28,7 @@ def forward(x: Tensor, seed: Tensor, threshold: int, site: int) -> Tensor:
         threshold,
         site,
         dtype_code(x),
+        rows=rows,
+        columns=columns,
     )
-    if status:
-        check_launch(status, "dropout", rows=rows, columns=columns, dtype=x.dtype)
     return out

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cuda
-from bertfast.kernels.cuda import address, check_launch, dtype_code, place_of, processors_of
+from bertfast.kernels.cuda import address, dtype_code, launch, processors_of
 from bertfast.kernels.layout import dense, rows_and_columns
 
 
@@ -17,11 +17,9 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     bias = None if bias is None else dense(bias)
     out = torch.empty_like(x)
     rows, columns = rows_and_columns(x, bias)
-    device, stream = place_of(x)
-    status = cuda.library().gelu_forward(
-        device,
-        processors_of(x),
-        stream,
+    launch(
+        "gelu_forward",
+        x,
         x.data_ptr(),
         address(bias),
         out.data_ptr(),
@@ -30,9 +28,9 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         approximate == "tanh",
         dtype_code(x),
         bias is not None and bias.dtype == torch.float32,
+        rows=rows,
+        columns=columns,
     )
-    if status:
-        check_launch(status, "gelu_forward", rows=rows, columns=columns, dtype=x.dtype)
     return out
 
 
@@ -50,11 +48,9 @@ def backward(
         bias = dense(bias)
         partial = torch.empty(blocks, columns, dtype=torch.float32, device=x.device)
         dbias = torch.empty_like(bias)
-    device, stream = place_of(x)
-    status = cuda.library().gelu_backward(
-        device,
-        processors_of(x),
-        stream,
+    launch(
+        "gelu_backward",
+        x,
         dout.data_ptr(),
         x.data_ptr(),
         address(bias),
@@ -67,7 +63,7 @@ def backward(
         approximate == "tanh",
         dtype_code(x),
         bias is not None and bias.dtype == torch.float32,
+        rows=rows,
+        columns=columns,
     )
-    if status:
-        check_launch(status, "gelu_backward", rows=rows, columns=columns, dtype=x.dtype)
     return dx, dbias

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cuda
-from bertfast.kernels.cuda import address, check_launch, dtype_code, place_of, processors_of
+from bertfast.kernels.cuda import address, dtype_code, launch, processors_of
 from bertfast.kernels.layout import dense, dense_or_none
 
 
@@ -31,11 +31,9 @@ def forward(
     keeps_sum = needs_backward and (residual is not None or seed is not None)
     total = torch.empty_like(x) if keeps_sum else x.new_empty(0)
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    device, stream = place_of(x)
-    status = cuda.library().layernorm_forward(
-        device,
-        processors_of(x),
-        stream,
+    launch(
+        "layernorm_forward",
+        x,
         x.data_ptr(),
         address(residual),
         weight.data_ptr(),
@@ -51,9 +49,9 @@ def forward(
         site,
         dtype_code(x),
         weight.dtype == torch.float32,
+        rows=rows,
+        columns=columns,
     )
-    if status:
-        check_launch(status, "layernorm_forward", rows=rows, columns=columns, dtype=x.dtype)
     return out, total, statistics
 
 
@@ -77,10 +75,9 @@ def backward(
     dresidual = torch.empty_like(total) if both else total.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     partial = torch.empty(blocks, 2, columns, dtype=torch.float32, device=total.device)
-    device, stream = place_of(total)
-    status = cuda.library().layernorm_backward(
-        device,
-        stream,
+    launch(
+        "layernorm_backward",
+        total,
         dout.data_ptr(),
         total.data_ptr(),
         weight.data_ptr(),
@@ -98,7 +95,7 @@ def backward(
         site,
         dtype_code(total),
         weight.dtype == torch.float32,
+        rows=rows,
+        columns=columns,
     )
-    if status:
-        check_launch(status, "layernorm_backward", rows=rows, columns=columns, dtype=total.dtype)
     return dx, dresidual, dweight, dbias

@@ -5,7 +5,6 @@ Nothing here imports triton, which may not be installed: the words' modules do, 
 ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter on CPU tensors, which is for tests.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bertfast.kernels.device import properties
 
 # As triton itself reads it, once, when a kernel is defined.
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
@@ -63,15 +64,9 @@ def unsupported_rows(x: Tensor) -> str | None:
     return unsupported(x)
 
 
-@functools.cache
-def _properties(index: int) -> tuple[str, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
-
-
 def architecture(device: torch.device) -> str:
     """``"sm_90"`` and the like; ``""`` of a CPU, where kernels are only interpreted or compiled."""
-    return _properties(device.index)[0] if device.type == "cuda" else ""
+    return properties(device.index)[0] if device.type == "cuda" else ""
 
 
 def generation(device: torch.device) -> int:
@@ -85,15 +80,8 @@ def programs_for(device: torch.device, per_processor: int, tiles: int, pieces: i
     """How many programs share out a sum over ``tiles``, for each of ``pieces`` of the columns. One
     device always takes as many, so that its results are the same bits every time."""
     # The interpreter's few are still more than are summed at a time.
-    processors = _properties(device.index)[1] if device.type == "cuda" else 9
+    processors = properties(device.index)[1] if device.type == "cuda" else 9
     return max(1, min(processors * per_processor // max(pieces, 1), tiles))
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device and stream, so ``x``'s device is made current."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 def product_precision(x: Tensor) -> str:

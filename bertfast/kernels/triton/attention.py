@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import by_head, dense
-from bertfast.kernels.triton import Tile, generation, on_device, product_precision, signed
+from bertfast.kernels.triton import Tile, generation, product_precision, signed
 from bertfast.kernels.triton._dropout import keep_scores
 from bertfast.ops.dropout import dropout_scale
 

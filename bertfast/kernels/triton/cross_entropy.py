@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense, dense_or_none
-from bertfast.kernels.triton import Tile, generation, on_device, product_precision
+from bertfast.kernels.triton import Tile, generation, product_precision
 
 supports = shared.unsupported
 

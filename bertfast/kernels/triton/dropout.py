@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense
-from bertfast.kernels.triton import Tile, on_device, signed
+from bertfast.kernels.triton import Tile, signed
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.ops.dropout import dropout_scale
 

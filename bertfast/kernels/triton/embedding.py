@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense, dense_or_none
 from bertfast.kernels.triton import (
     WIDEST_BLOCK,
     Tile,
     dropout,
     layernorm,
-    on_device,
     signed,
 )
 from bertfast.kernels.triton._dropout import keep_rows

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense, dense_or_none, rows_and_columns
-from bertfast.kernels.triton import MOST_COLUMNS, Tile, on_device
+from bertfast.kernels.triton import MOST_COLUMNS, Tile
 from bertfast.kernels.triton._norm import sum_one
 
 supports = shared.unsupported

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
+from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense, dense_or_none
-from bertfast.kernels.triton import WIDEST_BLOCK, Tile, on_device, signed
+from bertfast.kernels.triton import WIDEST_BLOCK, Tile, signed
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both, without_rest
 from bertfast.ops.dropout import dropout_scale
