@@ -58,6 +58,8 @@ def _build(name: str, compile_in) -> tuple[Path | None, dict[str, object]]:
     work = ROOT / "build" / f"{name.lower()}-{sysconfig.get_config_var('SOABI') or 'unknown'}"
     try:
         result = compile_in(work)
+    except ValueError as error:  # of a variable in the environment
+        raise SystemExit(f"bertfast: {error}") from None
     except build.BuildError as error:
         if build.flag(f"BERTFAST_REQUIRE_{name}"):
             raise SystemExit(f"bertfast: BERTFAST_REQUIRE_{name}=1, but {error}") from None

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import sys
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -79,9 +80,10 @@ def architectures() -> tuple[str, ...]:
     names = tuple(name for name in asked if name) or ARCHITECTURES
     for name in names:
         number = name.removesuffix("+PTX").rstrip("af")
-        if not number.isdigit():
+        if not number.isdigit() or int(number) < 80:
             raise ValueError(
-                f"BERTFAST_CUDA_ARCHS: expected names like 80, 90a or 90+PTX, got {name!r}"
+                "BERTFAST_CUDA_ARCHS: expected names like 80, 90a or 90+PTX, from 80 on, "
+                f"got {name!r}"
             )
     return names
 
@@ -110,13 +112,18 @@ def build_cuda(
     build_dir = Path(build_dir).resolve() if build_dir is not None else out_dir / "obj"
     if not (source_dir / "cuda" / "bindings.cpp").is_file():
         raise build.BuildUnavailable(f"{source_dir} does not hold cuda/bindings.cpp")
-    nvcc, names = find_nvcc(), architectures()
+    names, nvcc = architectures(), find_nvcc()
     toolchain, ninja, headers = build._Toolchain.find(), build._find_ninja(), build._header_dirs()
-    version = build._run([str(nvcc), "--version"]).strip().splitlines()[-1]
+    version = (build._run([str(nvcc), "--version"]).strip() or "unknown").splitlines()[-1]
     for folder in (build_dir, out_dir):
         folder.mkdir(parents=True, exist_ok=True)
     module = out_dir / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [str(nvcc), "-ccbin", toolchain.command[0]]
+    # Without what only speeds a compiler up, which nvcc does not know.
+    host, *rest = (w for w in toolchain.command if Path(w).name not in ("ccache", "sccache"))
+    command = [str(nvcc), "-ccbin", host, *(f"-Xcompiler={word}" for word in rest)]
+    # Where PyPI's packages have the runtime.
+    libraries = nvcc.resolve().parent.parent / "lib"
+    where = [f"-L{libraries}"] if (libraries / "libcudart_static.a").is_file() else []
     flags = [*build.COMMON, "-O2", *build.WARNINGS]
     flags += [part for path in headers for part in ("-isystem", str(path))]
     lines = [
@@ -132,7 +139,7 @@ def build_cuda(
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {build._words([*command, '-shared', '-cudart=static'])} $in -o $out",
+        f"  command = {build._words([*command, *where, '-shared', '-cudart=static'])} $in -o $out",
     ]
     objects = []
     for source in [*_sources(source_dir), source_dir / "cuda" / "bindings.cpp"]:
@@ -185,3 +192,20 @@ def build_emulation(
         )
         build._run_ninja(ninja, build_dir, jobs, "the emulated CUDA kernels")
     return module
+
+
+def emulate(root: Path) -> None:
+    """Have the ``cuda`` backend emulated in this process, where bertfast is not imported yet, and
+    in those it starts; unless ``BERTFAST_CUDA_EMULATION`` says something already.
+
+    Args:
+        root: the repository, whose ``build/emulation`` keeps the module.
+    """
+    if "BERTFAST_CUDA_EMULATION" in os.environ:
+        return
+    try:
+        module = build_emulation(root / "csrc", root / "build" / "emulation")
+    except build.BuildUnavailable as error:
+        print(f"the CUDA kernels are not emulated: {error}", file=sys.stderr)
+    else:
+        os.environ["BERTFAST_CUDA_EMULATION"] = str(module)

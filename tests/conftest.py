@@ -40,18 +40,9 @@ def _load(name: str, file: str) -> ModuleType:
     return module
 
 
-def _emulate_cuda() -> None:
-    """Here the CUDA kernels are emulated on the CPU, as the Triton kernels are interpreted."""
-    build, build_cuda = _load("csrc_build", "build.py"), _load("csrc_build_cuda", "build_cuda.py")
-    try:
-        module = build_cuda.build_emulation(ROOT / "csrc", ROOT / "build" / "emulation")
-    except build.BuildUnavailable as error:
-        print(f"the CUDA kernels are not emulated: {error}", file=sys.stderr)
-    else:
-        os.environ["BERTFAST_CUDA_EMULATION"] = str(module)
-
-
-_emulate_cuda()
+_load("csrc_build", "build.py")
+# And the CUDA kernels are emulated.
+_load("csrc_build_cuda", "build_cuda.py").emulate(ROOT)
 
 try:
     from hypothesis import settings

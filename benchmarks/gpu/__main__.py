@@ -9,6 +9,7 @@ run.
 import argparse
 import faulthandler
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -40,6 +41,8 @@ def main() -> int:
     arguments = arguments_of()
     # Last, so that this folder's bertfast does not stand in for an installed one.
     sys.path.append(str(ROOT))
+    if arguments.dry:
+        emulate_cuda()
     checks, place, report, store, units = (
         importlib.import_module(f"benchmarks.gpu.{name}")
         for name in ("checks", "place", "report", "store", "units")
@@ -86,6 +89,17 @@ def main() -> int:
     for line in red:
         print(f"RED {line}")
     return 1 if red else 0
+
+
+def emulate_cuda() -> None:
+    """Before bertfast is imported."""
+    for name, file in (("csrc_build", "build.py"), ("csrc_build_cuda", "build_cuda.py")):
+        spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    sys.modules["csrc_build_cuda"].emulate(ROOT)
 
 
 def run(unit, kept, checks) -> bool:  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(BERTFAST_EMULATION)
 #include "../emulation/emulation.h"
@@ -104,14 +105,22 @@ struct alignas(16) Sixteen {
 // Spelt out: a plain store of what was copied together became four of 4 bytes in a loop.
 __device__ __forceinline__ void store_sixteen(uint4* p, uint4 words) {
 #if defined(BERTFAST_EMULATION)
+  emulation::Emulator::the().check_aligned(p, "a store of 16 bytes");
   *p = words;
 #else
   __stcg(p, words);
 #endif
 }
 
+__device__ __forceinline__ uint4 load_sixteen(const uint4* p) {
+#if defined(BERTFAST_EMULATION)
+  emulation::Emulator::the().check_aligned(p, "a load of 16 bytes");
+#endif
+  return *p;
+}
+
 // Eight elements from p on, in 16-byte accesses if WIDE, else as many of them as are `left`; the
-// rest are 0. Loaded once, so that the first-level cache need not keep it.
+// rest are 0.
 template <bool WIDE, class T>
 __device__ __forceinline__ Group load_group(const T* p, int64_t left) {
   Group g;
@@ -119,7 +128,7 @@ __device__ __forceinline__ Group load_group(const T* p, int64_t left) {
     constexpr int each = 16 / sizeof(T);
     BERTFAST_UNROLL
     for (int i = 0; i < group / each; ++i) {
-      const uint4 words = reinterpret_cast<const uint4*>(p)[i];
+      const uint4 words = load_sixteen(reinterpret_cast<const uint4*>(p) + i);
       Sixteen<T> part;
       memcpy(&part, &words, 16);
       BERTFAST_UNROLL
@@ -258,9 +267,9 @@ int with_dtype(Dtype dtype, F f) {
 }
 
 // Launches a kernel of one argument; the status is CUDA's.
-template <class Kernel, class Arguments>
-int launch(const char* name, Kernel* kernel, dim3 blocks, dim3 threads, void* stream,
-           const Arguments& arguments) {
+template <class Arguments>
+int launch(const char* name, void (*kernel)(Arguments), dim3 blocks, dim3 threads, void* stream,
+           const typename std::common_type<Arguments>::type& arguments) {
 #if defined(BERTFAST_EMULATION)
   (void)stream;
   return emulation::Emulator::the().run(blocks, threads, 0, name, [&] { kernel(arguments); });

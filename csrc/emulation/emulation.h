@@ -1,9 +1,10 @@
 // CUDA's execution model on the CPU, for tests: the .cu sources compiled by a C++ compiler.
 //
 // Every thread of a block is a fiber, blocks run one after another. A fiber runs until it has to
-// wait for others, at a barrier or a shuffle, and the next one goes on: in the order of their
-// numbers, in reverse, or in a random one. Between two barriers any order is possible on a GPU, so
-// results that depend on it are a race. Shared memory is filled with a pattern before each block,
+// wait for others, at a barrier or a shuffle. Warps and their threads run in the order of their
+// numbers or in reverse, a warp as far as it gets before the next one starts; or all take turns in a
+// random order. Blocks come in the same orders. On a GPU all of these are possible, so results that
+// depend on it are a race. Shared memory is filled with a pattern before each block,
 // and lies between redzones: results that depend on the pattern read what nobody wrote, and a
 // redzone that has changed was written beyond an end. What a kernel does wrong ends the launch with
 // a message (Emulator::error). With -fsanitize=address,undefined, accesses to global memory out of
@@ -98,10 +99,16 @@ class Emulator {
     }
     grid_ = grid, block_ = block, body_ = &body;
     random_.seed(seed);
-    for (uint64_t z = 0; z < grid.z; ++z)
-      for (uint64_t y = 0; y < grid.y; ++y)
-        for (uint64_t x = 0; x < grid.x && error.empty(); ++x)
-          run_block(dim3(unsigned(x), unsigned(y), unsigned(z)), int(threads), dynamic_bytes);
+    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+    std::vector<uint64_t> turns(blocks);
+    for (uint64_t i = 0; i < blocks; ++i) turns[i] = order == Order::reverse ? blocks - 1 - i : i;
+    if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random_);
+    for (uint64_t i : turns) {
+      if (!error.empty()) break;
+      run_block(
+          dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)),
+          int(threads), dynamic_bytes);
+    }
     body_ = nullptr;
     return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
   }
@@ -121,6 +128,10 @@ class Emulator {
     self.brought = value;
     wait(Wait::warp, where, mask);
     return self.seen;
+  }
+
+  void check_aligned(const void* p, const char* where) {
+    if (reinterpret_cast<uintptr_t>(p) % 16) fail("an address is not on 16 bytes", where);
   }
 
   // 16 bytes, or zeros without a source. Copied only when it is waited for.
@@ -242,12 +253,21 @@ class Emulator {
     for (int ended = 0; ended < threads && error.empty();) {
       if (order == Order::random) std::shuffle(turns.begin(), turns.end(), random_);
       bool went_on = false;
-      for (int i : turns) {
-        if (fibers_[i].wait != Wait::nothing || !error.empty()) continue;
-        resume(i);
-        went_on = true;
-        ended += fibers_[i].wait == Wait::ended;
-        release_warp(i, threads);
+      // All at once take turns, or else a warp goes on for as long as it can.
+      const int together = order == Order::random ? threads : warp_size;
+      for (int first = 0; first < threads; first += together) {
+        for (bool again = true; again && error.empty();) {
+          again = false;
+          for (int t = first; t < std::min(first + together, threads); ++t) {
+            const int i = turns[t];
+            if (fibers_[i].wait != Wait::nothing || !error.empty()) continue;
+            resume(i);
+            went_on = again = true;
+            ended += fibers_[i].wait == Wait::ended;
+            release_warp(i, threads);
+          }
+          again = again && order != Order::random;
+        }
       }
       if (error.empty() && !release_block(threads) && !went_on && ended < threads) stuck(threads);
     }
@@ -283,16 +303,17 @@ class Emulator {
 #endif
   }
 
-  void check_aligned(const void* p, const char* where) {
-    if (reinterpret_cast<uintptr_t>(p) % 16) fail("an address is not on 16 bytes", where);
-  }
-
   void start(int i) {
     Fiber& fiber = fibers_[i];
     const unsigned n = unsigned(i);
     fiber.index = dim3(n % block_.x, n / block_.x % block_.y, n / block_.x / block_.y);
     fiber.wait = Wait::nothing;
     fiber.copies.assign(1, {});
+    // A launch that failed may have left its own traces.
+    fiber.fake_stack = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    if (fiber.stack) __asan_unpoison_memory_region(fiber.stack.get(), stack_bytes);
+#endif
     if (!fiber.stack) fiber.stack.reset(new char[stack_bytes]);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();

@@ -138,6 +138,6 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(compiled, word, architectu
         assert kernel.loads.get("128", 0) >= 1, kernel
         for accesses in (kernel.loads, kernel.stores):
             assert not accesses.get("U16", 0) and not accesses.get("U8", 0), kernel
-            assert accesses.get("32", 0) <= 4, kernel
+            assert accesses.get("32", 0) <= 4 and accesses.get("64", 0) <= 1, kernel
         if "column_shares" not in kernel.name:
             assert kernel.stores.get("128", 0) >= 1, kernel

@@ -86,6 +86,7 @@ def test_what_nobody_wrote_depends_on_the_pattern(run):
         ),
         ("two_barriers", r"thread 0 waits at .*:\d+ \(barrier\), thread 40 waits at .*:\d+"),
         ("some_at_the_shuffle", r"thread 0 waits at .*:\d+ \(warp\), thread 5 has ended"),
+        ("misaligned", "an address is not on 16 bytes at a load of 16 bytes, thread"),
         ("shuffle_outside_of_the_mask", "a shuffle reads a thread that is not in the mask at .*:"),
     ],
 )
@@ -101,7 +102,6 @@ def test_what_ends_a_launch(run, name, message):
     [
         ("beyond_global", "heap-buffer-overflow"),
         ("beyond_shared", "use-after-poison"),
-        ("misaligned", "misaligned address"),
     ],
 )
 def test_the_sanitizers_see_bad_accesses(name, message, tmp_path):

@@ -315,6 +315,26 @@ CUDA_MUTATIONS = {
         "i < a.blocks; i += sum_down",
         "i < a.blocks - 1; i += sum_down",
     ),
+    "columns beyond 4096 dropped": (
+        "cuda/layernorm.cu",
+        "return f(InRegisters<256, 4>{});",
+        "return f(InRegisters<256, 2>{});",
+    ),
+    "no dx of streamed rows": (
+        "cuda/layernorm.cu",
+        "store_ds<T, DROPOUT, WIDE>(a, mask, p,",
+        "if (!WIDE) store_ds<T, DROPOUT, WIDE>(a, mask, p,",
+    ),
+    "the sum before is overwritten": (
+        "cuda/common.h",
+        "// What is there from the sum before has been read by all.\n    __syncthreads();",
+        "",
+    ),
+    "rows that start anywhere taken for aligned": (
+        "cuda/common.h",
+        "return reinterpret_cast<uintptr_t>(p) % 16 == 0;",
+        "return p != nullptr || p == nullptr;",
+    ),
     "a warp's sum for the block's": (
         "cuda/common.h",
         "for (int i = 0; i < warps; ++i) {\n      v.a",

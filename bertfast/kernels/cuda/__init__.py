@@ -28,7 +28,10 @@ try:
     if _emulation:
         _spec = importlib.util.spec_from_file_location("_cuda", _emulation)
         if _spec is None or _spec.loader is None:
-            raise ImportError(f"BERTFAST_CUDA_EMULATION: {_emulation} is not an extension module")
+            raise ImportError(
+                "BERTFAST_CUDA_EMULATION: expected the path of the emulated module, "
+                f"got {_emulation!r}"
+            )
         _lib = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(_lib)
     elif torch.version.cuda is None:
