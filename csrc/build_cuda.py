@@ -95,7 +95,11 @@ def _gencode(name: str) -> str:
 
 
 def _sources(source_dir: Path) -> list[Path]:
-    return sorted((source_dir / "cuda").glob("*.cu"))
+    """The kernels, and last the binding."""
+    binding = source_dir / "cuda" / "bindings.cpp"
+    if not binding.is_file():
+        raise build.BuildUnavailable(f"{source_dir} does not hold cuda/bindings.cpp")
+    return [*sorted(binding.parent.glob("*.cu")), binding]
 
 
 def build_cuda(
@@ -110,9 +114,7 @@ def build_cuda(
     started = time.monotonic()
     source_dir, out_dir = Path(source_dir).resolve(), Path(out_dir).resolve()
     build_dir = Path(build_dir).resolve() if build_dir is not None else out_dir / "obj"
-    if not (source_dir / "cuda" / "bindings.cpp").is_file():
-        raise build.BuildUnavailable(f"{source_dir} does not hold cuda/bindings.cpp")
-    names, nvcc = architectures(), find_nvcc()
+    sources, names, nvcc = _sources(source_dir), architectures(), find_nvcc()
     toolchain, ninja, headers = build._Toolchain.find(), build._find_ninja(), build._header_dirs()
     version = (build._run([str(nvcc), "--version"]).strip() or "unknown").splitlines()[-1]
     for folder in (build_dir, out_dir):
@@ -142,7 +144,7 @@ def build_cuda(
         f"  command = {build._words([*command, *where, '-shared', '-cudart=static'])} $in -o $out",
     ]
     objects = []
-    for source in [*_sources(source_dir), source_dir / "cuda" / "bindings.cpp"]:
+    for source in sources:
         objects.append(build_dir / f"{source.stem}.o")
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         lines.append(f"build {build._path(objects[-1])}: {rule} {build._path(source)}")
@@ -182,10 +184,7 @@ def build_emulation(
     flags += [part for path in headers for part in ("-isystem", str(path))]
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     link_flags = ["-shared", *(["-fsanitize=address,undefined"] if sanitize else [])]
-    edges = [
-        (build_dir / f"{source.stem}.o", source, [])
-        for source in [*_sources(source_dir), source_dir / "cuda" / "bindings.cpp"]
-    ]
+    edges = [(build_dir / f"{source.stem}.o", source, []) for source in _sources(source_dir)]
     with build._lock(build_dir):
         (build_dir / "build.ninja").write_text(
             build._ninja_file(toolchain.command, flags, link_flags, edges, module)

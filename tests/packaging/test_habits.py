@@ -48,7 +48,8 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "tests").mkdir()
     (tmp_path / "csrc").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    shutil.copy(ROOT / "csrc" / "build.py", tmp_path / "csrc")
+    for name in ("build.py", "build_cuda.py"):
+        shutil.copy(ROOT / "csrc" / name, tmp_path / "csrc")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
     return tmp_path
