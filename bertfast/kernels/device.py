@@ -15,6 +15,23 @@ def properties(index: int) -> tuple[str, int]:
     return f"sm_{of_device.major}{of_device.minor}", of_device.multi_processor_count
 
 
+def unsupported_by_gpu(x: Tensor) -> str | None:
+    """Why no kernel for a GPU can take ``x``, or None."""
+    if not x.is_cuda:
+        return f"the input is on {x.device}, not on a CUDA device"
+    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
+    if torch.cuda.get_device_properties(x.device.index).major < 8:
+        return f"{x.device} has a compute capability below 8.0"
+    return unsupported_dtype(x)
+
+
+def unsupported_dtype(x: Tensor) -> str | None:
+    """The same, of its dtype alone: where a GPU's kernels run on the CPU."""
+    if x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return f"the input is {x.dtype}; it takes torch.float32, torch.bfloat16 and torch.float16"
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A launch goes to the current device, so ``x``'s is made current, and the other one again."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

@@ -12,6 +12,11 @@ def dense_or_none(x: Tensor | None) -> Tensor | None:
     return None if x is None else dense(x)
 
 
+def address(x: Tensor | None) -> int:
+    """Of the first element; 0, a null pointer, of what is not there."""
+    return 0 if x is None else x.data_ptr()
+
+
 def by_head(x: Tensor) -> Tensor:
     """``x`` in any strides, but the elements of a head side by side."""
     return x if x.stride(-1) == 1 and not x.is_neg() else dense(x)

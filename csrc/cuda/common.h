@@ -248,8 +248,6 @@ BERTFAST_HOST_DEVICE int64_t divide_up(int64_t n, int64_t by) { return n / by + 
 
 BERTFAST_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-BERTFAST_HOST_DEVICE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
 // Every element that a group starts at lies on 16 bytes.
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 

@@ -8,8 +8,6 @@ namespace bertfast {
 namespace {
 
 constexpr int threads = 256;
-// Backward with a bias: groups across and rows down of a block.
-constexpr int across = 32, down = threads / across;
 
 constexpr float sqrt_half = 0.70710678118654752f;
 constexpr float sqrt_two_over_pi = 0.79788456080286536f;
@@ -80,28 +78,22 @@ __global__ void __launch_bounds__(threads) backward_flat(GeluBackward a) {
 }
 
 template <class T, bool TANH, bool WIDE>
-__global__ void __launch_bounds__(threads) backward(GeluBackward a) {
-  BERTFAST_SHARED(float, sums, down * across * group);
-  const int x = threadIdx.x % across, y = threadIdx.x / across;
-  const int64_t column = (int64_t{across} * blockIdx.x + x) * group, left = a.columns - column;
+__global__ void __launch_bounds__(strip_threads) backward(GeluBackward a) {
+  BERTFAST_SHARED(float, shares, strip_floats);
+  const int x = threadIdx.x % strip_across, y = threadIdx.x / strip_across;
+  const int64_t column = (int64_t{strip_across} * blockIdx.x + x) * group,
+                left = a.columns - column;
   Group total = {};
   if (left > 0) {
-    for (int64_t row = int64_t{down} * blockIdx.y + y; row < a.rows;
-         row += int64_t{down} * gridDim.y) {
+    for (int64_t row = int64_t{strip_down} * blockIdx.y + y; row < a.rows;
+         row += int64_t{strip_down} * gridDim.y) {
       const Group d = slope_of_group<T, TANH, WIDE>(a, row * a.columns + column, column, left);
       BERTFAST_UNROLL
       for (int j = 0; j < group; ++j) total.value[j] += d.value[j];
     }
   }
-  BERTFAST_UNROLL
-  for (int j = 0; j < group; ++j) sums[(y * group + j) * across + x] = total.value[j];
-  __syncthreads();
-  // Each thread finishes one of the block's columns.
-  static_assert(threads == across * group, "as many threads as columns");
-  const int own = threadIdx.x / group, j = threadIdx.x % group;
-  float sum = 0.0f;
-  for (int i = 0; i < down; ++i) sum += sums[(i * group + j) * across + own];
-  const int64_t finished = int64_t{across} * group * blockIdx.x + threadIdx.x;
+  const float sum = strip_sum(total, shares);
+  const int64_t finished = int64_t{strip_columns} * blockIdx.x + threadIdx.x;
   if (finished < a.columns) a.partial[blockIdx.y * a.columns + finished] = sum;
 }
 
@@ -135,13 +127,13 @@ int gelu_backward(const GeluBackward& a, int processors, void* stream) {
       return launch("gelu_backward", kernel, grid, threads, stream, a);
     });
   }
-  const dim3 grid(static_cast<unsigned>(divide_up(a.columns, across * group)),
+  const dim3 grid(static_cast<unsigned>(divide_up(a.columns, strip_columns)),
                   static_cast<unsigned>(a.blocks));
   const int status = with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     auto* const kernel = a.tanh ? (wide ? backward<T, true, true> : backward<T, true, false>)
                                 : (wide ? backward<T, false, true> : backward<T, false, false>);
-    return launch("gelu_backward", kernel, grid, threads, stream, a);
+    return launch("gelu_backward", kernel, grid, strip_threads, stream, a);
   });
   if (status) return status;
   return sum_partials(

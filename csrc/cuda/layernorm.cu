@@ -257,9 +257,11 @@ __global__ void __launch_bounds__(Shape::BLOCK) backward(LayernormBackward a) {
         for (int j = 0; j < group; ++j)
           if (own > 0) shares[((own - 1) * group + j) * Shape::THREADS + lane] = sum.value[j];
         __syncthreads();
-        for (int other = 0; other < Shape::ROWS - 1; ++other) BERTFAST_UNROLL
-        for (int j = 0; j < group; ++j)
-          sum.value[j] += shares[(other * group + j) * Shape::THREADS + lane];
+        for (int other = 0; other < Shape::ROWS - 1; ++other) {
+          BERTFAST_UNROLL
+          for (int j = 0; j < group; ++j)
+            sum.value[j] += shares[(other * group + j) * Shape::THREADS + lane];
+        }
       }
       if (own == 0 && number < groups)
         store_group<true>(to + which * a.columns + number * group, sum, group);
@@ -290,20 +292,18 @@ __global__ void __launch_bounds__(streaming_threads) backward_streaming(Layernor
   }
 }
 
-// dweight and dbias of the streamed rows: a group of columns to a thread, a share of the rows to
-// each block of a column of blocks.
-constexpr int shares_across = 32, shares_down = streaming_threads / shares_across;
-
+// dweight and dbias of the streamed rows: a strip of columns to a block, and a share of the rows to
+// each block of a strip.
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(streaming_threads) column_shares(LayernormBackward a) {
-  BERTFAST_SHARED(float, shares, shares_down * shares_across * group);
-  const int x = threadIdx.x % shares_across, y = threadIdx.x / shares_across;
-  const int64_t number = int64_t{shares_across} * blockIdx.x + x;
+__global__ void __launch_bounds__(strip_threads) column_shares(LayernormBackward a) {
+  BERTFAST_SHARED(float, shares, strip_floats);
+  const int x = threadIdx.x % strip_across, y = threadIdx.x / strip_across;
+  const int64_t number = int64_t{strip_across} * blockIdx.x + x;
   const int64_t left = a.columns - number * group;
   Group sum[2] = {};
   if (left > 0) {
-    for (int64_t row = int64_t{shares_down} * blockIdx.y + y; row < a.rows;
-         row += int64_t{shares_down} * gridDim.y) {
+    for (int64_t row = int64_t{strip_down} * blockIdx.y + y; row < a.rows;
+         row += int64_t{strip_down} * gridDim.y) {
       const Statistics of = {a.statistics[row], a.statistics[a.rows + row]};
       const Pair p = load_pair<T, WIDE>(a, of, row, number, left);
       BERTFAST_UNROLL
@@ -313,19 +313,10 @@ __global__ void __launch_bounds__(streaming_threads) column_shares(LayernormBack
       }
     }
   }
-  static_assert(streaming_threads == shares_across * group, "as many threads as columns");
-  const int64_t column = int64_t{shares_across} * group * blockIdx.x + threadIdx.x;
-  const int own = threadIdx.x / group, own_j = threadIdx.x % group;
+  const int64_t column = int64_t{strip_columns} * blockIdx.x + threadIdx.x;
   BERTFAST_UNROLL
   for (int which = 0; which < 2; ++which) {
-    __syncthreads();
-    BERTFAST_UNROLL
-    for (int j = 0; j < group; ++j)
-      shares[(y * group + j) * shares_across + x] = sum[which].value[j];
-    __syncthreads();
-    float total = 0.0f;
-    for (int i = 0; i < shares_down; ++i)
-      total += shares[(i * group + own_j) * shares_across + own];
+    const float total = strip_sum(sum[which], shares);
     if (column < a.columns) a.partial[(2 * blockIdx.y + which) * a.columns + column] = total;
   }
 }
@@ -389,10 +380,10 @@ int layernorm_backward(const LayernormBackward& a, int, void* stream) {
       const int failed = launch("layernorm_backward", kernel, blocks, streaming_threads, stream, a);
       if (failed) return failed;
     }
-    const dim3 grid(static_cast<unsigned>(divide_up(a.columns, shares_across * group)),
+    const dim3 grid(static_cast<unsigned>(divide_up(a.columns, strip_columns)),
                     static_cast<unsigned>(a.blocks));
     return launch("layernorm_backward (shares)",
-                  wide ? column_shares<T, true> : column_shares<T, false>, grid, streaming_threads,
+                  wide ? column_shares<T, true> : column_shares<T, false>, grid, strip_threads,
                   stream, a);
   });
   if (status) return status;

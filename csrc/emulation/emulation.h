@@ -83,12 +83,10 @@ class Emulator {
   uint8_t pattern = 0xFF;
   // What the last launch did wrong; "" if nothing.
   std::string error;
-  int64_t launches = 0;
 
   // Runs the body once for each thread of each block.
   cudaError_t run(dim3 grid, dim3 block, size_t dynamic_bytes, const char* name,
                   const std::function<void()>& body) {
-    ++launches;
     error.clear();
     name_ = name;
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;

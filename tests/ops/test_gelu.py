@@ -195,18 +195,18 @@ CUDA_MUTATIONS = {
         "* (1.0f - t * t)",
     ),
     "dbias of one row of threads": (
-        "cuda/gelu.cu",
-        "for (int i = 0; i < down; ++i)",
+        "cuda/sums.h",
+        "for (int i = 0; i < strip_down; ++i)",
         "for (int i = 0; i < 1; ++i)",
     ),
     "dbias of the neighbouring column": (
-        "cuda/gelu.cu",
+        "cuda/sums.h",
         "const int own = threadIdx.x / group, j = threadIdx.x % group;",
         "const int own = threadIdx.x / group, j = threadIdx.x % group ^ 1;",
     ),
     "rows of the next blocks left out": (
         "cuda/gelu.cu",
-        "row += int64_t{down} * gridDim.y",
+        "row += int64_t{strip_down} * gridDim.y",
         "row += a.rows",
     ),
 }

@@ -306,8 +306,8 @@ CUDA_MUTATIONS = {
         "Group sum = which == 0 ? dbias[i] : dweight[i];",
     ),
     "shares of the streamed rows overwritten": (
-        "cuda/layernorm.cu",
-        "for (int i = 0; i < shares_down; ++i)",
+        "cuda/sums.h",
+        "for (int i = 0; i < strip_down; ++i)",
         "for (int i = 0; i < 1; ++i)",
     ),
     "the last block's share left out": (

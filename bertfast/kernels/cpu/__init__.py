@@ -69,10 +69,6 @@ def dtype_code(x: Tensor) -> int:
     return _DTYPES[x.dtype]
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def row_blocks(rows: int) -> int:
     """In how many shares backward sums over rows; a function of the rows alone, so that the result
     does not depend on the number of threads."""

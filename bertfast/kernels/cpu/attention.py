@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
-from bertfast.kernels.layout import by_head, dense
+from bertfast.kernels.cpu import check_launch, dtype_code, threads
+from bertfast.kernels.layout import address, by_head, dense
 
 
 def supports(x: Tensor) -> str | None:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
-from bertfast.kernels.layout import dense, dense_or_none
+from bertfast.kernels.cpu import check_launch, dtype_code, threads
+from bertfast.kernels.layout import address, dense, dense_or_none
 
 # How many tokens' shares of a table's gradient are summed at a time.
 _CHUNK = 64

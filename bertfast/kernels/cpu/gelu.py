@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cpu
-from bertfast.kernels.cpu import address, check_launch, dtype_code, threads
-from bertfast.kernels.layout import dense, rows_and_columns
+from bertfast.kernels.cpu import check_launch, dtype_code, threads
+from bertfast.kernels.layout import address, dense, rows_and_columns
 
 
 def supports(x: Tensor) -> str | None:

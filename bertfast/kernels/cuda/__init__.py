@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 
 from bertfast.errors import KernelError
-from bertfast.kernels.device import on_device, properties
+from bertfast.kernels.device import (
+    on_device,
+    properties,
+    unsupported_by_gpu,
+    unsupported_dtype,
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _lib: ModuleType | None = None
@@ -61,25 +66,15 @@ def unsupported(x: Tensor) -> str | None:
     """Why the CUDA kernels cannot take ``x``, or None."""
     if _lib is None:
         return missing
-    if emulated():
-        if not x.is_cpu:
-            return f"the input is on {x.device}; the emulation takes CPU tensors"
-    elif not x.is_cuda:
-        return f"the input is on {x.device}, not on a CUDA device"
-    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
-    elif torch.cuda.get_device_properties(x.device.index).major < 8:
-        return f"{x.device} has a compute capability below 8.0"
-    if x.dtype not in _DTYPES:
-        return f"the input is {x.dtype}; it takes torch.float32, torch.bfloat16 and torch.float16"
-    return None
+    if not emulated():
+        return unsupported_by_gpu(x)
+    if not x.is_cpu:
+        return f"the input is on {x.device}; the emulation takes CPU tensors"
+    return unsupported_dtype(x)
 
 
 def dtype_code(x: Tensor) -> int:
     return _DTYPES[x.dtype]
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def processors_of(x: Tensor) -> int:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cuda
-from bertfast.kernels.cuda import address, dtype_code, launch, processors_of
-from bertfast.kernels.layout import dense, rows_and_columns
+from bertfast.kernels.cuda import dtype_code, launch, processors_of
+from bertfast.kernels.layout import address, dense, dense_or_none, rows_and_columns
 
 
 def supports(x: Tensor) -> str | None:
@@ -14,7 +14,7 @@ def supports(x: Tensor) -> str | None:
 
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     x = dense(x)
-    bias = None if bias is None else dense(bias)
+    bias = dense_or_none(bias)
     out = torch.empty_like(x)
     rows, columns = rows_and_columns(x, bias)
     launch(

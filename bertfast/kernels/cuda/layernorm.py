@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels import cuda
-from bertfast.kernels.cuda import address, dtype_code, launch, processors_of
-from bertfast.kernels.layout import dense, dense_or_none
+from bertfast.kernels.cuda import dtype_code, launch, processors_of
+from bertfast.kernels.layout import address, dense, dense_or_none
 
 
 def supports(x: Tensor) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertfast.kernels.device import properties
+from bertfast.kernels.device import properties, unsupported_by_gpu, unsupported_dtype
 
 # As triton itself reads it, once, when a kernel is defined.
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
@@ -42,19 +42,13 @@ missing = _missing()
 
 def unsupported(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take ``x``, or None."""
-    if interpreted:
-        if not x.is_cpu:
-            return f"the input is on {x.device}; Triton's interpreter takes CPU tensors"
-        if x.dtype == torch.bfloat16:
-            return "Triton's interpreter computes torch.bfloat16 wrongly"
-    elif not x.is_cuda:
-        return f"the input is on {x.device}, not on a CUDA device"
-    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
-    elif torch.cuda.get_device_properties(x.device.index).major < 8:
-        return f"{x.device} has a compute capability below 8.0"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the input is {x.dtype}; it takes torch.float32, torch.bfloat16 and torch.float16"
-    return None
+    if not interpreted:
+        return unsupported_by_gpu(x)
+    if not x.is_cpu:
+        return f"the input is on {x.device}; Triton's interpreter takes CPU tensors"
+    if x.dtype == torch.bfloat16:
+        return "Triton's interpreter computes torch.bfloat16 wrongly"
+    return unsupported_dtype(x)
 
 
 def unsupported_rows(x: Tensor) -> str | None:
