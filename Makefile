@@ -18,7 +18,7 @@ export PIP_CONSTRAINT := $(CONSTRAINTS)
 unexport PYTHONPATH
 
 NATIVE := $(shell find csrc -type f ! -name '*.pyc')
-SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py' -o -name tuned.json) bertfast/py.typed setup.py pyproject.toml MANIFEST.in
+SOURCES := $(NATIVE) $(shell find bertfast -type f -name '*.py' -o -name '*.json' ! -name _build_info.json) bertfast/py.typed setup.py pyproject.toml MANIFEST.in
 FORMATTED_CPP := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE)) $(shell find tests -type f -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help

@@ -104,6 +104,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                         direction,
                         "float32" if dry else "bfloat16",
                         {"flops": useful_flops(lengths, products), "bytes": tensors * each},
+                        length=max(lengths),
                         target=target,
                         tiles=_tile_names(direction, max(lengths)),
                         peers=("sdpa", "nested") if dry else tuple(this.peers),
@@ -115,15 +116,15 @@ def on_gpu(dry: bool) -> list[OnGpu]:
 
 def _targets(
     direction: str, lengths: list[int], dropout_p: float
-) -> tuple[float | None, float | None]:
+) -> tuple[float | None, dict[str, float]]:
     """How far ahead of each of SDPA's kernels to be, and the share of the ceiling to reach."""
     longest = max(lengths)
     if min(lengths) < longest:
-        return 2.0, None
+        return 2.0, {}
     ahead = None
     if direction == "forward+backward" and 128 <= longest <= 512:
         ahead = 1.3 if dropout_p else 1.0
-    return ahead, 0.6 if longest == 128 and not dropout_p else None
+    return ahead, {"triton": 0.6} if longest == 128 and not dropout_p else {}
 
 
 def _tile_names(direction: str, longest: int) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                         direction,
                         dtype,
                         {"flops": products * 2 * labelled * HIDDEN * VOCABULARY},
+                        length=HIDDEN,
                         ahead={"eager": 1.0, "compile": 1.0},
                         memory={"eager": 0.1},
                         tiles=_tile_names(direction, dtype),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bertfast import ops, testing
+from bertfast.backends import ON_GPU
 from bertfast.ops.dropout import dropout_threshold, keep_mask
 from bertfast.testing import Tensors
 
@@ -45,7 +46,9 @@ def on_gpu(dry: bool) -> list[OnGpu]:
     shape = "64x768" if dry else "32768x768"
     moved = {"bytes": 2 * bytes_of(shape, "bfloat16")}
     dtype = "float32" if dry else "bfloat16"
-    return [OnGpu(subject(shape, 0.1), "forward", dtype, moved, target=0.9, tiles=("dropout",))]
+    target = dict.fromkeys(ON_GPU, 0.9)
+    this = subject(shape, 0.1)
+    return [OnGpu(this, "forward", dtype, moved, length=768, target=target, tiles=("dropout",))]
 
 
 def large(backend: str, device: str, elements: int) -> tuple[Tensor, Tensor]:

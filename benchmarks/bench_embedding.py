@@ -83,6 +83,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
             direction,
             "float32" if dry else "bfloat16",
             {"bytes": moved},
+            length=768,
             tiles=(f"embedding_{direction}",),
         )
         for direction, moved in (("forward", 2 * each), ("backward", 2 * each + table))

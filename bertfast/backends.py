@@ -2,16 +2,19 @@
 
 The choice, strongest first: the op's ``backend=`` argument, an enclosing ``with backend(name):``,
 the environment variable ``BERTFAST_BACKEND`` (read once, at import), and otherwise the first
-entry of the op's row in :data:`TABLE` that supports the input.
+entry of the op's row in :data:`TABLE` that supports the input: on a GPU the one that was measured
+fastest there, then the row's order.
 """
 
 import importlib
+import json
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +38,23 @@ TABLE: dict[str, tuple[str, ...]] = {
 # On CPU tensors these run in an interpreter or an emulation, which is for tests: there they must be
 # asked for by name.
 ON_GPU = ("triton", "cuda")
+
+
+def read_winners(path: Path) -> dict[str, dict[str, list[tuple[int, str]]]]:
+    """Architecture -> op word -> the fastest GPU backend up to each length, by length.
+
+    The file is what ``make gpu`` measured: ``{"sm_90": {"gelu": {"3072": "triton"}}}``.
+    """
+    return {
+        architecture: {
+            word: sorted((int(length), name) for length, name in lengths.items())
+            for word, lengths in words.items()
+        }
+        for architecture, words in json.loads(path.read_text()).items()
+    }
+
+
+_winners = read_winners(Path(__file__).parent / "kernels" / "winners.json")
 
 
 def _check_name(name: str, source: str) -> str:
@@ -117,8 +137,12 @@ def kernel(word: str, name: str) -> Any:
     return _modules[word, name]
 
 
-def choose(word: str, x: Tensor, requested: str | None = None) -> str:
+def choose(word: str, x: Tensor, requested: str | None = None, length: int | None = None) -> str:
     """The backend that runs op ``word`` on the main input ``x``.
+
+    Args:
+        length: of what a kernel takes at a time, which decides how fast it is: the longest sequence
+            of attention; None is the last dimension of ``x``.
 
     Raises:
         ValueError: ``requested`` is no backend.
@@ -130,12 +154,34 @@ def choose(word: str, x: Tensor, requested: str | None = None) -> str:
     ambient = current()
     if ambient is not None:
         return _insist(word, x, ambient)
-    for name in TABLE[word]:
+    for name in _in_order(word, x, length):
         if _passed_over(word, name, x) is None:
             if name == "reference" and x.is_cuda:
                 _warn_fallback(word, x)
             return name
     raise BackendError(f"{word}: no backend supports {x.dtype} on {x.device}")
+
+
+def _in_order(word: str, x: Tensor, length: int | None) -> tuple[str, ...]:
+    """The word's backends as an automatic choice tries them."""
+    if not x.is_cuda or not _winners:
+        return TABLE[word]
+    # Not through a cache: torch.compile knows this call as a constant.
+    of_device = torch.cuda.get_device_properties(x.device.index)
+    return by_speed(word, f"sm_{of_device.major}{of_device.minor}", length or x.shape[-1])
+
+
+def by_speed(word: str, architecture: str, length: int) -> tuple[str, ...]:
+    """The word's backends, first the one that was measured fastest at ``length``: at the next
+    longer one that was measured, or the longest."""
+    measured = _winners.get(architecture, {}).get(word, [])
+    if not measured:
+        return TABLE[word]
+    fastest = measured[-1][1]
+    for longest, name in reversed(measured):
+        if length <= longest:
+            fastest = name
+    return (fastest, *(name for name in TABLE[word] if name != fastest))
 
 
 def _passed_over(word: str, name: str, x: Tensor) -> str | None:
@@ -198,7 +244,7 @@ def explain(
         raise ValueError(f"device: expected one that is here, got {device} without CUDA")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-    # 64 is an ordinary head dim and hidden size, so it stands for inputs in general.
+    # 64 is an ordinary head dim, so it stands for inputs in general.
     x = torch.empty(1, 1, 64, device=device, dtype=dtype)
     ambient = current()
     rows = []
@@ -208,7 +254,7 @@ def explain(
         for name in BACKENDS:
             if name not in names:
                 passed_over[name] = "has no kernel for this op"
-        for name in names:
+        for name in _in_order(word, x, None):
             if name == ambient:
                 reason = kernel(word, name).supports(x)
             else:

@@ -24,11 +24,11 @@ constexpr uint32_t philox_key_step_1 = 0xBB67AE85u;
 // An element is kept when its 16-bit lane is at least the threshold, round(p * 65536).
 constexpr uint32_t dropout_lanes = 65536u;
 
-// What a kept value is multiplied by, so that the expectation is exact; 0 when nothing is kept.
+// What a kept value is multiplied by, so that the expectation is exact; 0 when nothing is kept. In
+// float32, which gives the same bits for every threshold as rounding the quotient in double does.
 BERTFAST_HOST_DEVICE float dropout_scale(uint32_t threshold) {
-  return threshold < dropout_lanes
-             ? static_cast<float>(65536.0 / static_cast<double>(dropout_lanes - threshold))
-             : 0.0f;
+  return threshold < dropout_lanes ? 65536.0f / static_cast<float>(dropout_lanes - threshold)
+                                   : 0.0f;
 }
 
 struct PhiloxWords {

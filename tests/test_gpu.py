@@ -25,13 +25,14 @@ def data():
     """A run on a GPU, as it would be kept: one op green, one with a red check."""
     green = {"green": True, "comparisons": 3, "worst": 0.5, "worst_at": "x", "failures": []}
     bench = {
-        "green": True, "dtype": "bfloat16", "work": {"bytes": 10**9}, "target": 0.8,
+        "green": True, "dtype": "bfloat16", "work": {"bytes": 10**9}, "target": {"triton": 0.8},
         "ahead": {"compile": 1.0, "absent": 9.0}, "memory": {},
     }  # fmt: skip
     seconds = {"triton": 1e-3, "eager": 4e-3, "compile": 2e-3}
     about = {
         "dry": False, "gpu": "Some GPU", "multiprocessors": 132, "memory_gib": 140.0,
         "driver": "1", "torch": "2", "triton": "3", "cuda": "13",
+        "absent": ["cuda: no nvcc (gelu, dropout)"],
     }  # fmt: skip
     return {
         "fingerprint": "f",
@@ -62,12 +63,13 @@ def test_the_report(data):
     line += "absent 9× (did not run) | yes | "
     assert line + "eager 4.00×, compile 2.00× |" in shown
     assert "driver 1, torch 2, Triton 3" in shown
+    assert "Did not run here: cuda: no nvcc (gelu, dropout)." in shown
     assert "device (there is one device)" in shown
     assert "| gelu | triton grad | 20.0 µs |" in shown
 
 
 def test_a_missed_target_is_said(data):
-    data["results"]["bench/gelu/forward x"]["target"] = 0.9
+    data["results"]["bench/gelu/forward x"]["target"] = {"triton": 0.9}
     shown = report.markdown(report.publish(data, data["results"]))
     assert "| 80% | 90%, compile 1×, absent 9× (did not run) | **no**: 80% |" in shown
 
@@ -130,6 +132,50 @@ def test_a_target_is_missed_where_torch_compile_is_faster(data):
     data["results"]["bench/gelu/forward x"]["seconds"]["compile"] = 0.5e-3
     shown = report.markdown(report.publish(data, data["results"]))
     assert "| **no**: compile 0.50× | eager 4.00×, compile 0.50× |" in shown
+
+
+def test_the_faster_backend_wins_where_both_are_green(data, tmp_path):
+    """cuda is twice as fast forward, and takes a tenth longer backward."""
+    results = data["results"]
+    results["gates/gelu/cuda/bfloat16"] = results["gates/gelu/triton/bfloat16"]
+    times = {"forward x": (1e-3, 0.5e-3), "backward x": (1e-3, 1.1e-3)}
+    for name, (triton, cuda) in times.items():
+        results[f"bench/gelu/{name}"] = {
+            **results["bench/gelu/forward x"],
+            "length": 3072,
+            "seconds": {"triton": triton, "cuda": cuda, "eager": 1e-9},
+        }
+    # Of an op that one GPU backend has there is nothing to choose.
+    results["bench/embedding/forward x"]["length"] = 768
+    shown = report.publish(data, results)
+    assert report.winners(shown) == {"gelu": {"3072": "cuda"}}
+    assert "| gelu | 3072 | cuda |" in report.markdown(shown)
+    results["bench/gelu/backward x"]["seconds"]["cuda"] = 2.1e-3
+    assert report.winners(report.publish(data, results)) == {"gelu": {"3072": "triton"}}
+    # Red somewhere, or not timed: no winner.
+    results["bench/gelu/backward x"]["seconds"]["cuda"] = 0.1e-3
+    del results["bench/gelu/forward x"]["seconds"]["cuda"]
+    assert report.winners(report.publish(data, results)) == {"gelu": {"3072": "triton"}}
+    results["gates/gelu/triton/bfloat16"] = {"green": False}
+    assert report.winners(report.publish(data, results)) == {}
+    file = tmp_path / "winners.json"
+    file.write_text('{"sm_80": {"gelu": {"1": "triton"}}, "sm_90": {"dropout": {"1": "triton"}}}')
+    report.keep_winners(file, "sm_90", {"gelu": {"3072": "cuda"}})
+    assert json.loads(file.read_text()) == {
+        "sm_80": {"gelu": {"1": "triton"}}, "sm_90": {"gelu": {"3072": "cuda"}},
+    }  # fmt: skip
+
+
+def test_emulation_and_device_are_compared(monkeypatch):
+    """With the emulation as the device, which has it say that a mask is another one."""
+    place = Place(dry=True)
+    assert checks.emulation(place, "dropout", "triton") == {"left_out": "it is not emulated"}
+    assert checks.emulation(place, "dropout", "cuda") == {"green": True, "worst": 0.0}
+    call = checks._Call.__call__
+    monkeypatch.setattr(checks._Call, "__call__", lambda self: [x.flip(0) for x in call(self)])
+    assert "another mask" in checks.emulation(place, "dropout", "cuda")["detail"]
+    monkeypatch.setattr(checks._Call, "__call__", lambda self: [1.01 * x for x in call(self)])
+    assert checks.emulation(place, "dropout", "cuda")["green"] is False
 
 
 def test_failures_are_named(data):

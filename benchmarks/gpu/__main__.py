@@ -34,6 +34,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no unit after these")
     parser.add_argument("--under-sanitizer", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--emulated", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -41,7 +42,7 @@ def main() -> int:
     arguments = arguments_of()
     # Last, so that this folder's bertfast does not stand in for an installed one.
     sys.path.append(str(ROOT))
-    if arguments.dry:
+    if arguments.dry or arguments.emulated:
         emulate_cuda()
     checks, place, report, store, units = (
         importlib.import_module(f"benchmarks.gpu.{name}")
@@ -50,10 +51,15 @@ def main() -> int:
     if arguments.under_sanitizer:
         checks.under_sanitizer(*arguments.under_sanitizer)
         return 0
+    if arguments.emulated:
+        checks.emulated(*arguments.emulated)
+        return 0
     start = time.monotonic()
     here = place.Place(arguments.dry, until=start + 60 * (arguments.minutes + 1))
     here.refuse_if_impossible()
     about = here.describe()
+    for absent in about["absent"]:
+        print(f"NOT HERE {absent}", flush=True)
     name = "gpu-dry" if arguments.dry else "gpu"
     kept = store.Store(ROOT / "build" / f"{name}.json", about, arguments.fresh)
     words = arguments.words or here.words()
@@ -139,6 +145,11 @@ def write(report, kept, expected, dry) -> None:  # type: ignore[no-untyped-def]
     target.with_suffix(".json").write_text(json.dumps(shown, indent=1) + "\n")
     target.with_suffix(".md").write_text(report.markdown(shown))
     print(f"written: {target.relative_to(ROOT)}.json and .md", flush=True)
+    fastest = report.winners(shown)
+    if not dry and fastest:
+        file = ROOT / "bertfast" / "kernels" / "winners.json"
+        report.keep_winners(file, f"sm_{about['capability'].replace('.', '')}", fastest)
+        print(f"written: {file.relative_to(ROOT)}; commit it, and reinstall", flush=True)
 
 
 if __name__ == "__main__":

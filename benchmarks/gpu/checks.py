@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from bertfast.testing import Case
 
 from .place import Place, benchmark_of
 
+FOLDER = Path(__file__).parent
+# Small cases, as an emulation can take them.
+SMALL = Place(dry=True)
 Result = dict[str, Any]
 Check = Callable[[Place, str, str], Result]
 
@@ -41,9 +45,9 @@ def _case(place: Place, word: str) -> Case:
 class _Call:
     """Forward and backward of one case, on tensors that stay where they are."""
 
-    def __init__(self, place: Place, word: str, backend: str, device: str | None = None) -> None:
-        self.case, self.backend = _case(place, word), backend
-        tensors = self.case.inputs(place.dtype, device=device or place.device)
+    def __init__(self, case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+        self.case, self.backend = case, backend
+        tensors = self.case.inputs(dtype, device=device)
         self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
         self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
         self.dout = testing.upstream_gradient(self.forward().detach(), "contiguous")
@@ -56,13 +60,17 @@ class _Call:
         return [out.detach(), *torch.autograd.grad(out, self.leaves, self.dout)]
 
 
+def _call(place: Place, word: str, backend: str, device: str | None = None) -> _Call:
+    return _Call(_case(place, word), backend, device or place.device, place.dtype)
+
+
 def _same(results: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def repeats(place: Place, word: str, backend: str) -> Result:
     """Fifty times the same bits."""
-    call, count = _Call(place, word, backend), 2 if place.dry else 50
+    call, count = _call(place, word, backend), 2 if place.dry else 50
     first = [x.clone() for x in call()]
     return {"green": all(_same(call(), first) for _ in range(count - 1)), "repeats": count}
 
@@ -83,7 +91,7 @@ def graph(place: Place, word: str, backend: str) -> Result:
     """Captured once, replayed twice, the same bits as without."""
     if place.dry:
         return {"left_out": "the CPU has no graphs"}
-    call = _Call(place, word, backend)
+    call = _call(place, word, backend)
     expected = [x.clone() for x in call()]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -107,7 +115,7 @@ def stream(place: Place, word: str, backend: str) -> Result:
     """On another stream, behind work that takes long: a launch on the wrong one would not wait."""
     if place.dry:
         return {"left_out": "the CPU has no streams"}
-    call = _Call(place, word, backend)
+    call = _call(place, word, backend)
     expected = [x.clone() for x in call()]
     kept = [x.detach().clone() for x in call.leaves]
     torch.cuda.synchronize()
@@ -129,7 +137,7 @@ def device(place: Place, word: str, backend: str) -> Result:
     """On the second device while the first one is current."""
     if place.dry or torch.cuda.device_count() < 2:
         return {"left_out": "there is one device"}
-    first, second = (_Call(place, word, backend, f"cuda:{i}")() for i in range(2))
+    first, second = (_call(place, word, backend, f"cuda:{i}")() for i in range(2))
     unmoved = torch.cuda.current_device() == 0 and torch.empty(1, device="cuda").device.index == 0
     return {"green": unmoved and _same([x.to("cuda:0") for x in second], first)}
 
@@ -141,23 +149,33 @@ def large(place: Place, word: str, backend: str) -> Result:
     return {"green": torch.equal(got, expected), "elements": elements}
 
 
-def sanitizer(place: Place, word: str, backend: str) -> Result:
-    """A few gates under compute-sanitizer's memcheck, in a process of their own, for no longer than
-    the run has left."""
-    tool = shutil.which("compute-sanitizer")
-    if place.dry or tool is None:
+def _sanitizer(tool: str) -> Check:
+    def check(place: Place, word: str, backend: str) -> Result:
+        return _under_compute_sanitizer(tool, place, word, backend)
+
+    return check
+
+
+def _under_compute_sanitizer(tool: str, place: Place, word: str, backend: str) -> Result:
+    """A few gates under one of compute-sanitizer's tools, in a process of their own, for no longer
+    than the run has left."""
+    program = shutil.which("compute-sanitizer")
+    if place.dry or program is None:
         return {"left_out": "compute-sanitizer is not there"}
     command = [
-        *(tool, "--tool", "memcheck", "--error-exitcode", "99", "--launch-timeout", "120"),
-        *(sys.executable, "-P", str(Path(__file__).parent), "--under-sanitizer", word, backend),
+        *(program, "--tool", tool, "--error-exitcode", "99", "--launch-timeout", "120"),
+        *(sys.executable, "-P", str(FOLDER), "--under-sanitizer", word, backend),
     ]
-    seconds = max(30.0, place.seconds_left() - 20.0)
     # torch's allocator would hide where a tensor ends.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return _in_a_process(place, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _in_a_process(place: Place, command: list[str], environment: dict[str, str]) -> Result:
+    seconds = max(30.0, place.seconds_left() - 20.0)
     try:
         done = subprocess.run(
             command,
-            env=environment,
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -168,8 +186,37 @@ def sanitizer(place: Place, word: str, backend: str) -> Result:
     return {"green": done.returncode == 0, "detail": done.stdout[-500:]}
 
 
+def emulation(place: Place, word: str, backend: str) -> Result:
+    """The same sources emulated on the CPU, which is all that CI sees of them, give what the device
+    gives: zeros at the same places, so the same dropout mask, and the rest within what rounding in
+    another order explains."""
+    if backend != "cuda":
+        return {"left_out": "it is not emulated"}
+    call = _Call(_case(SMALL, word), backend, place.device, place.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.pt"
+        command = [sys.executable, "-P", str(FOLDER), "--emulated", word, str(file)]
+        done = _in_a_process(place, [*command, str(place.dtype).removeprefix("torch.")], {})
+        if not done["green"]:
+            return done
+        emulated = torch.load(file)
+    worst = 0.0
+    for ours, theirs in zip(call(), emulated, strict=True):
+        ours = ours.cpu()
+        if not torch.equal(ours == 0, theirs == 0):
+            return {"green": False, "detail": "zeros at other places: another mask"}
+        scale = theirs.abs().max().double() * torch.finfo(theirs.dtype).eps
+        worst = max(worst, float((ours.double() - theirs.double()).abs().max() / scale))
+    return {"green": worst <= 8, "worst": worst}
+
+
+def emulated(word: str, path: str, dtype: str) -> None:
+    """What :func:`emulation` starts; writes its results."""
+    torch.save(_Call(_case(SMALL, word), "cuda", "cpu", getattr(torch, dtype))(), path)
+
+
 def under_sanitizer(word: str, backend: str) -> None:
-    """What :func:`sanitizer` starts."""
+    """What compute-sanitizer watches."""
     for dtype in (torch.bfloat16, torch.float32):
         for case in testing.CASES[word][::6]:
             testing.run_gate(case, dtype, backend, device="cuda")
@@ -182,5 +229,6 @@ CHECKS: dict[str, Check] = {
     "stream": stream,
     "device": device,
     "large": large,
-    "sanitizer": sanitizer,
+    "emulation": emulation,
+    **{tool: _sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck")},
 }

@@ -55,6 +55,17 @@ class Place:
         x = torch.empty(1, 1, 64, device=self.device, dtype=kernels.precision(precision)[0])
         return kernel(word, backend).supports(x) is None
 
+    def absent(self) -> list[str]:
+        """The GPU backends that do not run an op they have a kernel for, and why."""
+        x = torch.empty(1, 1, 64, device=self.device)
+        reasons: dict[str, list[str]] = {}
+        for word, names in TABLE.items():
+            for name in names:
+                if name in ON_GPU and name not in self.backends(word):
+                    reason = f"{name}: {kernel(word, name).supports(x)}"
+                    reasons.setdefault(reason, []).append(word)
+        return [f"{reason} ({', '.join(words)})" for reason, words in reasons.items()]
+
     def words(self) -> list[str]:
         return [word for word in TABLE if self.backends(word)]
 
@@ -76,6 +87,7 @@ class Place:
             "torch": torch.__version__,
             "triton": triton.__version__,
             "cuda": torch.version.cuda,
+            "absent": self.absent(),
         }
         if not self.dry:
             properties = torch.cuda.get_device_properties(0)

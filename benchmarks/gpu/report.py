@@ -1,10 +1,13 @@
 """The JSON and the Markdown of what was seen on a GPU. A red gate hides its backend's times."""
 
 import copy
+import json
+import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from bertfast.backends import ON_GPU
+from bertfast.backends import ON_GPU, TABLE
 
 Results = dict[str, dict[str, Any]]
 
@@ -45,6 +48,36 @@ def publish(data: dict[str, Any], expected: Iterable[str]) -> dict[str, Any]:
                     del result[table][name]
                     result.setdefault("hidden", {})[backend] = ", ".join(red)
     return shown
+
+
+def winners(shown: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """``{op: {length: backend}}``: the fastest of each op that several GPU backends have, over all
+    that was timed at a length. One that is red, or was not timed everywhere, does not win.
+
+    Args:
+        shown: :func:`publish`'s answer.
+    """
+    timed: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for key, result in shown["results"].items():
+        if "length" in result:
+            own = {b: s for b, s in result.get("seconds", {}).items() if b in ON_GPU}
+            timed.setdefault((key.split("/")[1], result["length"]), []).append(own)
+    found: dict[str, dict[str, str]] = {}
+    for (word, length), rows in timed.items():
+        everywhere = [b for b in TABLE[word] if b in ON_GPU and all(b in row for row in rows)]
+        if len(set(TABLE[word]) & set(ON_GPU)) > 1 and everywhere:
+            found.setdefault(word, {})[str(length)] = min(
+                everywhere,
+                key=lambda b: statistics.geometric_mean(row[b] / min(row.values()) for row in rows),
+            )
+    return found
+
+
+def keep_winners(file: Path, architecture: str, found: dict[str, dict[str, str]]) -> None:
+    """Into the table that :mod:`bertfast.backends` chooses by, beside those of other GPUs."""
+    table = json.loads(file.read_text())
+    table[architecture] = found
+    file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def ceiling(results: Results, kind: str) -> float | None:
@@ -115,7 +148,7 @@ def _targets(
 ) -> tuple[list[str], list[str]]:
     """What was to be reached, and what was not. A peer that did not run is no target, but said."""
     seconds, wanted, missed = result["seconds"], [], []
-    target = result["target"]
+    target = result["target"].get(backend)
     if target is not None:
         wanted.append(f"{target:.0%}")
         if share is None or share < target:
@@ -173,6 +206,8 @@ def markdown(data: dict[str, Any]) -> str:
         )
     header = ["op", "backend", "gates in", "comparisons", "worst", "gates and checks", "left out"]
     parts += ["## Gates and checks", _table(header, lines)]
+    if about["absent"]:
+        parts.append("Did not run here: " + "; ".join(about["absent"]) + ".")
     if not about["dry"]:
         copy_rate, gemm_rate = (ceiling(results, kind) for kind in ("bytes", "flops"))
         if copy_rate and gemm_rate:
@@ -193,6 +228,13 @@ def markdown(data: dict[str, Any]) -> str:
             "allow. A target is a share of it, or how many times as long a peer is to take."
         )
         parts += ["## Times", about_targets, _table(header, timed)]
+        best = [
+            [word, length, backend]
+            for word, lengths in winners(data).items()
+            for length, backend in lengths.items()
+        ]
+        if best:
+            parts += ["## The faster one", _table(["op", "length", "backend"], best)]
         hosts = [
             [key.split("/")[1], name, f"{us:.1f} µs"]
             for key, result in results.items()

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bertfast.backends import kernel
+
 from ..kernels import Subject
 from .place import Place
 
@@ -27,8 +29,9 @@ class OnGpu:
     Attributes:
         subject, direction, dtype: as on the CPU; ``"training forward"`` keeps what backward needs.
         work: ``bytes`` that must at least be read and written, ``flops``, or both.
-        target: the share of the measured ceiling that our kernels are to reach: of the lower one,
-            where there is work of both kinds.
+        length: by which a winner is chosen, as :func:`bertfast.backends.choose` takes it.
+        target: the share of the measured ceiling that each of our backends is to reach: of the
+            lower one, where there is work of both kinds.
         ahead: how many times as long as ours each of these peers is to take.
         memory: the share of each of these peers' working memory that ours may take.
         tiles: the names of the tiles ``benchmarks/tune.py`` may choose for it.
@@ -38,7 +41,8 @@ class OnGpu:
     direction: str
     dtype: str
     work: dict[str, int]
-    target: float | None = None
+    length: int
+    target: dict[str, float] = field(default_factory=dict)
     tiles: tuple[str, ...] = ()
     peers: tuple[str, ...] = ("eager", "compile")
     ahead: dict[str, float] = field(default_factory=lambda: {"compile": 1.0})
@@ -125,6 +129,7 @@ def bench(place: Place, word: str, entry: OnGpu) -> Result:
         "direction": entry.direction,
         "case": subject.case.name,
         "work": entry.work,
+        "length": entry.length,
         "target": entry.target,
         "ahead": entry.ahead,
         "memory": entry.memory,
@@ -158,14 +163,37 @@ def ceilings(place: Place) -> Result:
 
 
 def overhead(place: Place, word: str, subject: Subject) -> Result:
-    """Host microseconds of a call with little to compute, with and without gradients: of ours, and
-    of what a user would write in eager torch."""
+    """Host microseconds of a call with little to compute: of the launcher alone, of the op with and
+    without gradients, and of what a user would write in eager torch."""
     host = {
+        f"{name} launcher": _host_time(
+            launcher(word, name, subject.call(name, "forward", "float32", place.device)), place
+        )
+        for name in place.backends(word)
+    }
+    host |= {
         f"{name} {mode}": _host_time(subject.call(name, direction, "float32", place.device), place)
         for mode, direction in (("inference", "forward"), ("grad", "training forward"))
         for name in (*place.backends(word), "eager")
     }
     return {"green": True} if place.dry else {"green": True, "host_us": host}
+
+
+def launcher(word: str, backend: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """What ``call`` hands to the backend's forward, as a call of its own."""
+    module = kernel(word, backend)
+    forward, handed = module.forward, []
+
+    def keep(*arguments: Any) -> Any:
+        handed.append(arguments)
+        return forward(*arguments)
+
+    module.forward = keep
+    try:
+        call()
+    finally:
+        module.forward = forward
+    return lambda: forward(*handed[0])
 
 
 def _host_time(call: Callable[[], Any], place: Place) -> float:

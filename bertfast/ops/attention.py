@@ -335,7 +335,7 @@ def attention(
         causal,
         threshold,
         site,
-        choose("attention", q, backend),
+        choose("attention", q, backend, max(max_seqlen_q, max_seqlen_k)),
     )
 
 
@@ -379,7 +379,7 @@ def attention_qkvpacked(
         causal,
         threshold,
         site,
-        choose("attention", qkv, backend),
+        choose("attention", qkv, backend, max_seqlen),
     )
 
 

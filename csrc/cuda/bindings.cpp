@@ -27,6 +27,7 @@ Dtype dtype_of(int code) { return static_cast<Dtype>(code); }
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "bertfast's CUDA kernels";
   m.def("status_text", &status_text);
+  m.def("try_device", &try_device);
   m.def("layernorm_forward",
         [](int device, int processors, uintptr_t stream, uintptr_t x, uintptr_t residual,
            uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t total, uintptr_t statistics,

@@ -13,6 +13,25 @@ int set_device(int device) {
 #endif
 }
 
+#if !defined(BERTFAST_EMULATION)
+namespace {
+__global__ void nothing(int) {}
+}  // namespace
+#endif
+
+int try_device(int device) {
+#if defined(BERTFAST_EMULATION)
+  (void)device;
+  return 0;
+#else
+  // A current device that is another one afterwards would be seen by nobody: every launch sets it.
+  if (const cudaError_t failed = cudaSetDevice(device)) return static_cast<int>(failed);
+  cudaFuncAttributes attributes;
+  return static_cast<int>(
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&nothing)));
+#endif
+}
+
 const char* status_text(int status) {
 #if defined(BERTFAST_EMULATION)
   (void)status;

@@ -76,6 +76,9 @@ struct Dropout {
 
 // The runtime that is linked in keeps a current device of its own.
 int set_device(int device);
+// Whether the device can run what was compiled: its driver is new enough, and its architecture is
+// there.
+int try_device(int device);
 const char* status_text(int status);
 
 // `stream` is a cudaStream_t.

@@ -468,6 +468,15 @@ T shuffle(uint32_t mask, T value, int lane, const char* where) {
   return from_bits<T>(all[lane]);
 }
 
+// The lanes of the mask for which it is true.
+inline uint32_t ballot(uint32_t mask, bool value, const char* where) {
+  const uint64_t* all = Emulator::the().exchange(mask, value, where);
+  uint32_t voted = 0;
+  for (int lane = 0; lane < warp_size; ++lane)
+    if (mask >> lane & 1u) voted |= uint32_t(all[lane]) << lane;
+  return voted;
+}
+
 inline int own_lane() {
   const dim3 t = Emulator::the().thread(), size = Emulator::the().block_size();
   return int((t.x + size.x * (t.y + size.y * t.z)) % warp_size);
@@ -491,6 +500,10 @@ inline const bertfast::emulation::Index gridDim{&bertfast::emulation::Emulator::
 #define __shfl_xor_sync(mask, value, lanes)                                            \
   bertfast::emulation::shuffle(mask, value, bertfast::emulation::own_lane() ^ (lanes), \
                                BERTFAST_WHERE)
+
+#define __ballot_sync(mask, value) bertfast::emulation::ballot(mask, value, BERTFAST_WHERE)
+#define __any_sync(mask, value) (__ballot_sync(mask, value) != 0)
+#define __all_sync(mask, value) (__ballot_sync(mask, value) == (mask))
 
 // Blocks and threads run one at a time, so that a plain read and write is atomic.
 template <class T>

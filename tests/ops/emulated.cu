@@ -84,6 +84,21 @@ __global__ void product(Arguments a) {
   tensor_product<WAITED, SWAPPED>(reinterpret_cast<const Bfloat16*>(a.in), a.out);
 }
 
+__global__ void voted(Arguments a) {
+  const uint32_t mask = threadIdx.x < 32 ? 0xFFFFFFFFu : 0x0000FFFFu;
+  float out = 0.0f;
+  if (mask >> threadIdx.x % 32 & 1u) {
+    out += static_cast<float>(__ballot_sync(mask, threadIdx.x % 32 < 3 && a.in[threadIdx.x] > 0));
+    if (__any_sync(mask, a.in[threadIdx.x] == 5.0f)) out += 0.5f;
+    if (__all_sync(mask, a.in[threadIdx.x] < 32.0f)) out += 0.25f;
+  }
+  a.out[threadIdx.x] = out;
+}
+
+__global__ void some_at_the_vote(Arguments a) {
+  if (threadIdx.x != 7) a.out[threadIdx.x] = __any_sync(0xFFFFFFFFu, a.in[threadIdx.x] > 0.0f);
+}
+
 __global__ void counted(Arguments a) {
   if (threadIdx.x == 0) a.out[0] = 0.0f;
   __syncthreads();
@@ -113,6 +128,8 @@ extern "C" const char* run(const char* name, const float* in, float* out, int or
   CASE(beyond_global);
   CASE(misaligned);
   CASE(counted);
+  CASE(voted);
+  CASE(some_at_the_vote);
 #undef CASE
   // A is 16 x 16 and B 16 x 8, both from `in`; the product is 16 x 8.
   const std::string which(name);

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import bertfast
-from bertfast import ops
-from bertfast.backends import BACKENDS, TABLE, choose
+from bertfast import backends, ops
+from bertfast.backends import BACKENDS, ON_GPU, TABLE, choose
 from bertfast.errors import BackendError
 from bertfast.kernels import cpu
 
@@ -158,3 +159,49 @@ def test_explain_agrees_with_choose():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for row in bertfast.explain("cpu", dtype):
             assert row.backend == choose(row.op, torch.empty(1, 1, 64, dtype=dtype))
+
+
+@pytest.fixture
+def winners(monkeypatch, tmp_path):
+    file = tmp_path / "winners.json"
+    gelu = {"3072": "triton", "768": "cuda", "4096": "cuda"}
+    file.write_text(json.dumps({"sm_90": {"gelu": gelu}}))
+    monkeypatch.setattr(backends, "_winners", backends.read_winners(file))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "length", "first"),
+    [
+        ("sm_90", 1, "cuda"),
+        ("sm_90", 768, "cuda"),
+        ("sm_90", 769, "triton"),
+        ("sm_90", 3073, "cuda"),
+        ("sm_90", 9999, "cuda"),
+        ("sm_80", 768, "cpu"),
+    ],
+)
+def test_the_fastest_comes_first_where_it_was_measured(winners, architecture, length, first):
+    order = backends.by_speed("gelu", architecture, length)
+    assert order[0] == first
+    assert sorted(order) == sorted(TABLE["gelu"])
+    assert backends.by_speed("dropout", architecture, length) == TABLE["dropout"]
+
+
+def test_winners_are_of_gpus(winners):
+    assert chosen() == "cpu"
+    shipped = Path(bertfast.__file__).parent / "kernels" / "winners.json"
+    for words in backends.read_winners(shipped).values():
+        for word, lengths in words.items():
+            assert all(name in TABLE[word] and name in ON_GPU for _, name in lengths)
+
+
+def test_the_fastest_is_found_while_compiling(winners):
+    def call(x):
+        return x + len(backends.by_speed("gelu", "sm_90", x.shape[-1])[0])
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=True)
+    try:
+        for columns, name in ((700, "cuda"), (900, "triton"), (5000, "cuda")):
+            assert compiled(torch.zeros(columns))[0] == len(name)
+    finally:
+        torch.compiler.reset()

@@ -86,6 +86,7 @@ def test_what_nobody_wrote_depends_on_the_pattern(run):
         ),
         ("two_barriers", r"thread 0 waits at .*:\d+ \(barrier\), thread 40 waits at .*:\d+"),
         ("some_at_the_shuffle", r"thread 0 waits at .*:\d+ \(warp\), thread 5 has ended"),
+        ("some_at_the_vote", r"thread 0 waits at .*:\d+ \(warp\), thread 7 has ended"),
         ("misaligned", "an address is not on 16 bytes at a load of 16 bytes, thread"),
         ("shuffle_outside_of_the_mask", "a shuffle reads a thread that is not in the mask at .*:"),
     ],
@@ -149,6 +150,15 @@ def test_a_wrong_product_is_wrong(run, name):
 def test_atomics(run):
     for mode in MODES:
         assert run("counted", *mode)[1][0] == torch.arange(64.0).sum()
+
+
+def test_votes(run):
+    """Lanes 0 to 2 of the first warp, of which lane 0 brings a 0; half of the second one."""
+    expected = torch.tensor([6.75] * 32 + [7.0] * 16 + [0.0] * 16)
+    for mode in MODES:
+        error, out = run("voted", *mode)
+        assert error == ""
+        assert torch.equal(out, expected)
 
 
 def outputs_of(case, dtype, order, pattern):
@@ -218,6 +228,31 @@ def test_what_it_does_not_take(monkeypatch):
     monkeypatch.setattr(cuda, "_lib", None)
     monkeypatch.setattr(cuda, "missing", "it is not there")
     assert takes(torch.ones(2)) == "it is not there"
+
+
+def test_a_device_that_cannot_run_it_is_said_once(monkeypatch):
+    tried = []
+
+    class Old:
+        emulated = False
+        status_text = staticmethod(lambda status: f"too old {status}")
+
+        @staticmethod
+        def try_device(device):
+            tried.append(device)
+            return 35 * device
+
+    monkeypatch.setattr(cuda, "_lib", Old)
+    monkeypatch.setattr(cuda, "_tried", {})
+    said = "cuda:1 cannot run bertfast._cuda: too old 35"
+    assert [cuda._unusable(i) for i in (0, 1, 0, 1)] == [None, said, None, said]
+    assert tried == [0, 1]
+
+    def call(x):
+        return x + (1 if cuda._unusable(1) else 2)
+
+    monkeypatch.setattr(cuda, "_tried", {})
+    assert torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
 
 
 def test_nothing_is_emulated_unasked():

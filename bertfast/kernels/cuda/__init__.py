@@ -25,6 +25,7 @@ from bertfast.kernels.device import (
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _lib: ModuleType | None = None
+_tried: dict[int, str | None] = {}
 # Why no kernel here can run at all, or None.
 missing: str | None = None
 
@@ -62,12 +63,23 @@ def emulated() -> bool:
     return _lib is not None and bool(_lib.emulated)
 
 
+# What a device cannot run it never can; torch.compile takes the answer as a constant.
+@torch.compiler.assume_constant_result
+def _unusable(device: int) -> str | None:
+    """Why the device runs nothing of the module, an old driver or another architecture, or None."""
+    if device not in _tried:
+        status = library().try_device(device)
+        text = library().status_text(status)
+        _tried[device] = f"cuda:{device} cannot run bertfast._cuda: {text}" if status else None
+    return _tried[device]
+
+
 def unsupported(x: Tensor) -> str | None:
     """Why the CUDA kernels cannot take ``x``, or None."""
     if _lib is None:
         return missing
     if not emulated():
-        return unsupported_by_gpu(x)
+        return unsupported_by_gpu(x) or _unusable(x.device.index)
     if not x.is_cpu:
         return f"the input is on {x.device}; the emulation takes CPU tensors"
     return unsupported_dtype(x)
