@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bertfast import ops, testing
+from bertfast.backends import ON_GPU
 from bertfast.testing import Tensors
 
 from . import memory
@@ -102,13 +103,13 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                     OnGpu(
                         this,
                         direction,
-                        "float32" if dry else "bfloat16",
+                        "float16" if dry else "bfloat16",
                         {"flops": useful_flops(lengths, products), "bytes": tensors * each},
                         length=max(lengths),
                         target=target,
                         tiles=_tile_names(direction, max(lengths)),
                         peers=("sdpa", "nested") if dry else tuple(this.peers),
-                        ahead={kernel.name: ahead for kernel in SDPA} if ahead else {},
+                        ahead=ahead,
                     )
                 )
     return entries
@@ -116,15 +117,24 @@ def on_gpu(dry: bool) -> list[OnGpu]:
 
 def _targets(
     direction: str, lengths: list[int], dropout_p: float
-) -> tuple[float | None, dict[str, float]]:
-    """How far ahead of each of SDPA's kernels to be, and the share of the ceiling to reach."""
-    longest = max(lengths)
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """How far ahead of its peers each backend is to be, and the share of the ceiling to reach."""
+    longest, both = max(lengths), direction == "forward+backward"
+
+    def of_sdpa(multiple: float) -> dict[str, float]:
+        return {kernel.name: multiple for kernel in SDPA}
+
     if min(lengths) < longest:
-        return 2.0, {}
-    ahead = None
-    if direction == "forward+backward" and 128 <= longest <= 512:
-        ahead = 1.3 if dropout_p else 1.0
-    return ahead, {"triton": 0.6} if longest == 128 and not dropout_p else {}
+        return dict.fromkeys(ON_GPU, of_sdpa(2.0)), {}
+    ahead = {}
+    if both and 128 <= longest <= 512:
+        ahead["triton"] = of_sdpa(1.3 if dropout_p else 1.0)
+    if both and longest <= 256 and dropout_p:
+        ahead["cuda"] = {"triton": 1.0, **of_sdpa(1.5)}
+    target = {}
+    if longest == 128:
+        target = {"cuda": 0.7} if dropout_p else {"triton": 0.6, "cuda": 0.7}
+    return ahead, target if both or not dropout_p else {}
 
 
 def _tile_names(direction: str, longest: int) -> tuple[str, ...]:

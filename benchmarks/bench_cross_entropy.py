@@ -55,7 +55,7 @@ def on_gpu(dry: bool) -> list[OnGpu]:
                         dtype,
                         {"flops": products * 2 * labelled * HIDDEN * VOCABULARY},
                         length=HIDDEN,
-                        ahead={"eager": 1.0, "compile": 1.0},
+                        ahead={"triton": {"eager": 1.0, "compile": 1.0}},
                         memory={"eager": 0.1},
                         tiles=_tile_names(direction, dtype),
                     )

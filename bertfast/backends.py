@@ -3,7 +3,8 @@
 The choice, strongest first: the op's ``backend=`` argument, an enclosing ``with backend(name):``,
 the environment variable ``BERTFAST_BACKEND`` (read once, at import), and otherwise the first
 entry of the op's row in :data:`TABLE` that supports the input: on a GPU the one that was measured
-fastest there, then the row's order.
+fastest there, then the row's order. Several may be asked for, ``"cuda,triton"``: the first that can
+run an op runs it.
 """
 
 import importlib
@@ -28,7 +29,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # Op word -> its backends, in the order automatic choice tries them. ``bertfast/kernels/<backend>/
 # <word>.py`` exists exactly for these pairs; tests/ops/test_backends.py holds the two together.
 TABLE: dict[str, tuple[str, ...]] = {
-    "attention": ("cpu", "triton", "reference"),
+    "attention": ("cpu", "triton", "cuda", "reference"),
     "layernorm": ("cpu", "triton", "cuda", "reference"),
     "gelu": ("cpu", "triton", "cuda", "reference"),
     "embedding": ("cpu", "triton", "reference"),
@@ -58,8 +59,12 @@ _winners = read_winners(Path(__file__).parent / "kernels" / "winners.json")
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    for one in name.split(","):
+        if one not in BACKENDS:
+            raise ValueError(
+                f"{source}: expected one of {', '.join(BACKENDS)}, or several with commas between "
+                f"them, got {name!r}"
+            )
     return name
 
 
@@ -93,7 +98,8 @@ class _Missing:
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Run the ops inside the ``with`` block, in this thread, on the backend ``name``.
+    """Run the ops inside the ``with`` block, in this thread, on the backend ``name``, or of several
+    (``"cuda,triton"``) each on the first that can run it.
 
     ``None`` gives back the automatic choice. A backward pass always runs on the backend of its
     forward, wherever it is called from.
@@ -198,15 +204,18 @@ def current() -> str | None:
     return None if name == "auto" else name
 
 
-def _insist(word: str, x: Tensor, name: str) -> str:
-    if name not in TABLE[word]:
-        raise BackendError(
-            f"{word}: backend {name!r} has no kernel for it; it has {', '.join(TABLE[word])}"
-        )
-    reason = kernel(word, name).supports(x)
-    if reason is not None:
-        raise BackendError(f"{word}: backend {name!r} cannot run: {reason}")
-    return name
+def _insist(word: str, x: Tensor, names: str) -> str:
+    refused = ""
+    for name in names.split(","):
+        if name not in TABLE[word]:
+            reason = f"has no kernel for it; it has {', '.join(TABLE[word])}"
+        else:
+            unsupported = kernel(word, name).supports(x)
+            if unsupported is None:
+                return name
+            reason = f"cannot run: {unsupported}"
+        refused += f"{'; ' if refused else ''}backend {name!r} {reason}"
+    raise BackendError(f"{word}: {refused}")
 
 
 def _warn_fallback(word: str, x: Tensor) -> None:
@@ -254,13 +263,15 @@ def explain(
         for name in BACKENDS:
             if name not in names:
                 passed_over[name] = "has no kernel for this op"
-        for name in _in_order(word, x, None):
-            if name == ambient:
+        asked = ambient.split(",") if ambient is not None else []
+        others = [name for name in _in_order(word, x, None) if name not in asked]
+        for name in [name for name in asked if name in names] + others:
+            if name in asked:
                 reason = kernel(word, name).supports(x)
             else:
                 reason = _passed_over(word, name, x)
-            if reason is None and ambient is not None and name != ambient:
-                reason = f"backend {ambient!r} was asked for"
+                if reason is None and asked:
+                    reason = f"backend {ambient!r} was asked for"
             if reason is not None:
                 passed_over[name] = reason
             elif chosen is None:

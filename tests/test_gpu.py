@@ -26,7 +26,7 @@ def data():
     green = {"green": True, "comparisons": 3, "worst": 0.5, "worst_at": "x", "failures": []}
     bench = {
         "green": True, "dtype": "bfloat16", "work": {"bytes": 10**9}, "target": {"triton": 0.8},
-        "ahead": {"compile": 1.0, "absent": 9.0}, "memory": {},
+        "ahead": {"triton": {"compile": 1.0, "absent": 9.0}}, "memory": {},
     }  # fmt: skip
     seconds = {"triton": 1e-3, "eager": 4e-3, "compile": 2e-3}
     about = {
@@ -82,13 +82,13 @@ def test_a_target_without_its_ceiling_is_not_met(data):
 
 def test_targets_of_time_and_memory(data):
     row = data["results"]["bench/gelu/forward x"]
-    row["ahead"], row["memory"] = {"eager": 4.5, "compile": 2.0}, {"eager": 0.1}
+    row["ahead"], row["memory"] = {"triton": {"eager": 4.5, "compile": 2.0}}, {"eager": 0.1}
     row["working_bytes"] = {"triton": 30e6, "eager": 200e6}
     shown = report.markdown(report.publish(data, data["results"]))
     assert "80%, eager 4.5×, compile 2×, 10% of the memory of eager" in shown
     assert "| **no**: eager 4.00×, 15% of the memory of eager |" in shown
     assert "| triton 30, eager 200 |" in shown
-    row["working_bytes"]["triton"], row["ahead"]["eager"] = 20e6, 4.0
+    row["working_bytes"]["triton"], row["ahead"]["triton"]["eager"] = 20e6, 4.0
     shown = report.markdown(report.publish(data, data["results"]))
     assert "10% of the memory of eager | yes |" in shown
 
@@ -216,7 +216,7 @@ def test_every_op_with_a_gpu_kernel_is_in_it():
     assert len(keys) == len(set(keys))
     for word in words:
         for backend in place.backends(word):
-            assert f"gates/{word}/{backend}/float32" in keys
+            assert f"gates/{word}/{backend}/float16" in keys
             for check in checks.CHECKS:
                 assert f"checks/{word}/{backend}/{check}" in keys
         assert any(key.startswith(f"bench/{word}/") for key in keys)

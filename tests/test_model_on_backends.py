@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-# Side by side. Triton's kernels are interpreted, which is slow: they are left out of tests about
-# files, configurations and bad input.
+# Side by side. Triton's kernels are interpreted and CUDA's emulated, which is slow: they are left
+# out of tests about files, configurations and bad input. CUDA has kernels for four of the six ops,
+# and attention in 16 bits only, in which tests/training/test_gate.py trains.
 RUNS = {
     "cpu": [["."]],
     "triton": [
+        ["test_oracle.py", "test_minilm.py"],
+        ["test_behaviour.py", "test_heads.py", "test_packing.py"],
+    ],
+    "cuda,cpu,reference": [
         ["test_oracle.py", "test_minilm.py"],
         ["test_behaviour.py", "test_heads.py", "test_packing.py"],
     ],

@@ -45,9 +45,9 @@ def _case(place: Place, word: str) -> Case:
 class _Call:
     """Forward and backward of one case, on tensors that stay where they are."""
 
-    def __init__(self, case: Case, backend: str, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, backend: str, device: str, precision: str) -> None:
         self.case, self.backend = case, backend
-        tensors = self.case.inputs(dtype, device=device)
+        tensors = self.case.inputs(getattr(torch, precision), device=device)
         self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
         self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
         self.dout = testing.upstream_gradient(self.forward().detach(), "contiguous")
@@ -61,7 +61,8 @@ class _Call:
 
 
 def _call(place: Place, word: str, backend: str, device: str | None = None) -> _Call:
-    return _Call(_case(place, word), backend, device or place.device, place.dtype)
+    precision = place.precision(word, backend)
+    return _Call(_case(place, word), backend, device or place.device, precision)
 
 
 def _same(results: list[Tensor], expected: list[Tensor]) -> bool:
@@ -81,7 +82,8 @@ def compiled(place: Place, word: str, backend: str) -> Result:
     compiler = "aot_eager" if place.dry else "inductor"
     try:
         call = torch.compile(case.op, fullgraph=True, backend=compiler)
-        testing.run_gate(case, place.dtype, backend, device=place.device, apply=call)
+        dtype = getattr(torch, place.precision(word, backend))
+        testing.run_gate(case, dtype, backend, device=place.device, apply=call)
     finally:
         torch.compiler.reset()
     return {"green": True, "compiler": compiler}
@@ -192,11 +194,12 @@ def emulation(place: Place, word: str, backend: str) -> Result:
     another order explains."""
     if backend != "cuda":
         return {"left_out": "it is not emulated"}
-    call = _Call(_case(SMALL, word), backend, place.device, place.dtype)
+    precision = place.precision(word, backend)
+    call = _Call(_case(SMALL, word), backend, place.device, precision)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.pt"
         command = [sys.executable, "-P", str(FOLDER), "--emulated", word, str(file)]
-        done = _in_a_process(place, [*command, str(place.dtype).removeprefix("torch.")], {})
+        done = _in_a_process(place, [*command, precision], {})
         if not done["green"]:
             return done
         emulated = torch.load(file)
@@ -210,16 +213,17 @@ def emulation(place: Place, word: str, backend: str) -> Result:
     return {"green": worst <= 8, "worst": worst}
 
 
-def emulated(word: str, path: str, dtype: str) -> None:
+def emulated(word: str, path: str, precision: str) -> None:
     """What :func:`emulation` starts; writes its results."""
-    torch.save(_Call(_case(SMALL, word), "cuda", "cpu", getattr(torch, dtype))(), path)
+    torch.save(_Call(_case(SMALL, word), "cuda", "cpu", precision)(), path)
 
 
 def under_sanitizer(word: str, backend: str) -> None:
     """What compute-sanitizer watches."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for case in testing.CASES[word][::6]:
-            testing.run_gate(case, dtype, backend, device="cuda")
+    for name in ("bfloat16", "float32"):
+        if name in testing.precisions_of(word, backend):
+            for case in testing.cases_of(word, backend)[::6]:
+                testing.run_gate(case, getattr(torch, name), backend, device="cuda")
 
 
 CHECKS: dict[str, Check] = {

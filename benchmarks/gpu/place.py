@@ -37,10 +37,10 @@ class Place:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the checks that look at one only."""
-        return torch.float32 if self.dry else torch.bfloat16
+    def precision(self, word: str, backend: str) -> str:
+        """What the checks run in that look at one only."""
+        wanted = ("float32", "float16") if self.dry else ("bfloat16",)
+        return next(name for name in wanted if name in testing.precisions_of(word, backend))
 
     def backends(self, word: str) -> list[str]:
         """The GPU backends that run ``word`` here, in some dtype."""
@@ -57,7 +57,7 @@ class Place:
 
     def absent(self) -> list[str]:
         """The GPU backends that do not run an op they have a kernel for, and why."""
-        x = torch.empty(1, 1, 64, device=self.device)
+        x = torch.empty(1, 1, 64, device=self.device, dtype=torch.float16)
         reasons: dict[str, list[str]] = {}
         for word, names in TABLE.items():
             for name in names:

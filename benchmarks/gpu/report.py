@@ -153,7 +153,7 @@ def _targets(
         wanted.append(f"{target:.0%}")
         if share is None or share < target:
             missed.append("the ceiling is not known" if share is None else f"{share:.0%}")
-    for peer, multiple in result["ahead"].items():
+    for peer, multiple in result["ahead"].get(backend, {}).items():
         if peer in seconds:
             wanted.append(f"{peer} {multiple:g}×")
             got = seconds[peer] / seconds[backend]

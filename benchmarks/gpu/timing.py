@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bertfast.backends import kernel
+from bertfast.backends import ON_GPU, kernel
 
 from ..kernels import Subject
 from .place import Place
@@ -32,7 +32,7 @@ class OnGpu:
         length: by which a winner is chosen, as :func:`bertfast.backends.choose` takes it.
         target: the share of the measured ceiling that each of our backends is to reach: of the
             lower one, where there is work of both kinds.
-        ahead: how many times as long as ours each of these peers is to take.
+        ahead: by our backend, how many times as long each of these peers is to take.
         memory: the share of each of these peers' working memory that ours may take.
         tiles: the names of the tiles ``benchmarks/tune.py`` may choose for it.
     """
@@ -45,7 +45,9 @@ class OnGpu:
     target: dict[str, float] = field(default_factory=dict)
     tiles: tuple[str, ...] = ()
     peers: tuple[str, ...] = ("eager", "compile")
-    ahead: dict[str, float] = field(default_factory=lambda: {"compile": 1.0})
+    ahead: dict[str, dict[str, float]] = field(
+        default_factory=lambda: {backend: {"compile": 1.0} for backend in ON_GPU}
+    )
     memory: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -165,17 +167,15 @@ def ceilings(place: Place) -> Result:
 def overhead(place: Place, word: str, subject: Subject) -> Result:
     """Host microseconds of a call with little to compute: of the launcher alone, of the op with and
     without gradients, and of what a user would write in eager torch."""
-    host = {
-        f"{name} launcher": _host_time(
-            launcher(word, name, subject.call(name, "forward", "float32", place.device)), place
-        )
-        for name in place.backends(word)
-    }
-    host |= {
-        f"{name} {mode}": _host_time(subject.call(name, direction, "float32", place.device), place)
-        for mode, direction in (("inference", "forward"), ("grad", "training forward"))
-        for name in (*place.backends(word), "eager")
-    }
+    ours = {name: place.precision(word, name) for name in place.backends(word)}
+    host = {}
+    for name, dtype in ours.items():
+        call = subject.call(name, "forward", dtype, place.device)
+        host[f"{name} launcher"] = _host_time(launcher(word, name, call), place)
+    for mode, direction in (("inference", "forward"), ("grad", "training forward")):
+        for name, dtype in {**ours, "eager": next(iter(ours.values()))}.items():
+            call = subject.call(name, direction, dtype, place.device)
+            host[f"{name} {mode}"] = _host_time(call, place)
     return {"green": True} if place.dry else {"green": True, "host_us": host}
 
 

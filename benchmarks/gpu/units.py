@@ -60,9 +60,9 @@ def all_units(place: Place, words: Iterable[str]) -> list[Unit]:
     return sorted(units, key=lambda unit: PARTS.index(unit.part))
 
 
-def some_cases(place: Place, word: str) -> list[testing.Case]:
+def some_cases(place: Place, word: str, backend: str) -> list[testing.Case]:
     """Every case; of a dry run, a few of them."""
-    cases = testing.CASES[word]
+    cases = testing.cases_of(word, backend)
     if place.dry:
         return cases[:: len(cases) // 4]
     return [*cases, *([testing.MANY_TILES[word]] if word in testing.MANY_TILES else [])]
@@ -73,7 +73,7 @@ def _gate(place: Place, word: str, backend: str, precision: str) -> Unit:
         before = len(testing.gate_records)
         start = time.perf_counter()
         failures = []
-        for case in some_cases(place, word):
+        for case in some_cases(place, word, backend):
             try:
                 testing.run_gates(word, backend, precision, cases=[case])
             except Exception as error:

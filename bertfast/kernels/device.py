@@ -15,6 +15,13 @@ def properties(index: int) -> tuple[str, int]:
     return f"sm_{of_device.major}{of_device.minor}", of_device.multi_processor_count
 
 
+def shared_memory(index: int) -> int:
+    """Bytes that a block may have, where it asks for more than all may. Not kept: torch.compile
+    knows the properties as a constant, but no cache around them."""
+    of_device: Any = torch.cuda.get_device_properties(index)
+    return int(of_device.shared_memory_per_block_optin)
+
+
 def unsupported_by_gpu(x: Tensor) -> str | None:
     """Why no kernel for a GPU can take ``x``, or None."""
     if not x.is_cuda:

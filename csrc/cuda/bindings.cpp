@@ -24,6 +24,18 @@ Dtype dtype_of(int code) { return static_cast<Dtype>(code); }
 
 }  // namespace
 
+// A tensor is (address, stride of a token, stride of a head) in Python.
+template <>
+struct pybind11::detail::type_caster<Strided> {
+  PYBIND11_TYPE_CASTER(Strided, const_name("tuple[int, int, int]"));
+  bool load(handle source, bool) {
+    const auto given = reinterpret_borrow<tuple>(source);
+    value = {pointer(given[0].cast<uintptr_t>()), given[1].cast<int64_t>(),
+             given[2].cast<int64_t>()};
+    return true;
+  }
+};
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "bertfast's CUDA kernels";
   m.def("status_text", &status_text);
@@ -80,6 +92,76 @@ PYBIND11_MODULE(_cuda, m) {
                           threshold, site, dtype_of(dtype)},
                          processors, pointer(stream));
         });
+  m.def("attention_forward",
+        [](int device, int, uintptr_t stream, Strided q, Strided k, Strided v, Strided out,
+           uintptr_t logsumexp, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k, uintptr_t seed,
+           int64_t tokens_q, int64_t tokens_k, int64_t batch, int64_t heads, int64_t head_dim,
+           int64_t longest_q, int64_t longest_k, float scale, uint32_t threshold, uint32_t site,
+           bool causal, int dtype, int warps, int heads_together, int key_rows, bool ahead,
+           int64_t shared_bytes) {
+          if (const int failed = set_device(device)) return failed;
+          const Attention a{q,
+                            k,
+                            v,
+                            pointer<int32_t>(cu_seqlens_q),
+                            pointer<int32_t>(cu_seqlens_k),
+                            pointer<int64_t>(seed),
+                            tokens_q,
+                            tokens_k,
+                            batch,
+                            heads,
+                            head_dim,
+                            longest_q,
+                            longest_k,
+                            scale,
+                            threshold,
+                            site,
+                            causal,
+                            dtype_of(dtype),
+                            warps,
+                            heads_together,
+                            key_rows,
+                            ahead,
+                            shared_bytes};
+          return attention_forward({a, out, pointer<float>(logsumexp)}, pointer(stream));
+        });
+  m.def(
+      "attention_backward",
+      [](int device, int, uintptr_t stream, int pass, Strided dout, Strided q, Strided k, Strided v,
+         Strided out, Strided dq, Strided dk, Strided dv, uintptr_t logsumexp, uintptr_t dots,
+         uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k, uintptr_t seed, int64_t tokens_q,
+         int64_t tokens_k, int64_t batch, int64_t heads, int64_t head_dim, int64_t longest_q,
+         int64_t longest_k, float scale, uint32_t threshold, uint32_t site, bool causal, int dtype,
+         int warps, int heads_together, int key_rows, bool ahead, int64_t shared_bytes) {
+        if (const int failed = set_device(device)) return failed;
+        const Attention a{q,
+                          k,
+                          v,
+                          pointer<int32_t>(cu_seqlens_q),
+                          pointer<int32_t>(cu_seqlens_k),
+                          pointer<int64_t>(seed),
+                          tokens_q,
+                          tokens_k,
+                          batch,
+                          heads,
+                          head_dim,
+                          longest_q,
+                          longest_k,
+                          scale,
+                          threshold,
+                          site,
+                          causal,
+                          dtype_of(dtype),
+                          warps,
+                          heads_together,
+                          key_rows,
+                          ahead,
+                          shared_bytes};
+        return attention_backward(
+            static_cast<AttentionPass>(pass),
+            {a, dout, out, pointer<float>(logsumexp), pointer<float>(dots), dq, dk, dv},
+            pointer(stream));
+      });
 
 #if defined(BERTFAST_EMULATION)
   m.attr("emulated") = true;

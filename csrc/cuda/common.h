@@ -22,8 +22,12 @@ namespace {
 
 #if defined(BERTFAST_EMULATION)
 #define BERTFAST_UNROLL
+#define BERTFAST_KEEP_LOOP
+#define BERTFAST_UNROLL_TWICE
 #else
 #define BERTFAST_UNROLL _Pragma("unroll")
+#define BERTFAST_KEEP_LOOP _Pragma("unroll 1")
+#define BERTFAST_UNROLL_TWICE _Pragma("unroll 2")
 #endif
 
 // An array in the block's shared memory. Not initialised.
@@ -34,6 +38,14 @@ namespace {
       static_cast<type*>(emulation::Emulator::the().shared(&name##_key, sizeof(type) * (count)))
 #else
 #define BERTFAST_SHARED(type, name, count) __shared__ type name[count]
+#endif
+
+// All of the block's dynamic shared memory, on 16 bytes.
+#if defined(BERTFAST_EMULATION)
+#define BERTFAST_DYNAMIC_SHARED(name) \
+  uint4* const name = static_cast<uint4*>(emulation::Emulator::the().dynamic_shared())
+#else
+#define BERTFAST_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
 #endif
 
 // Bits, converted by the functions below, so that device and emulation have one type.
@@ -56,7 +68,7 @@ __device__ __forceinline__ float to_float(Bfloat16 v) {
 
 __device__ __forceinline__ float to_float(Half v) {
 #if defined(BERTFAST_EMULATION)
-  return static_cast<float>(emulation::from_bits<_Float16>(v.bits));
+  return emulation::half_to_float(v.bits);
 #else
   return __half2float(__ushort_as_half(v.bits));
 #endif
@@ -264,18 +276,26 @@ int with_dtype(Dtype dtype, F f) {
   }
 }
 
-// Launches a kernel of one argument; the status is CUDA's.
+// Launches a kernel of one argument with `shared` bytes of dynamic shared memory; the status is
+// CUDA's.
 template <class Arguments>
 int launch(const char* name, void (*kernel)(Arguments), dim3 blocks, dim3 threads, void* stream,
-           const typename std::common_type<Arguments>::type& arguments) {
+           const typename std::common_type<Arguments>::type& arguments, int64_t shared = 0) {
 #if defined(BERTFAST_EMULATION)
   (void)stream;
-  return emulation::Emulator::the().run(blocks, threads, 0, name, [&] { kernel(arguments); });
+  return emulation::Emulator::the().run(blocks, threads, shared, name, [&] { kernel(arguments); });
 #else
   (void)name;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  // More than what every device gives unasked; the limit is kept by device.
+  if (shared > 48 * 1024)
+    if (const cudaError_t failed = cudaFuncSetAttribute(
+            function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
+      return static_cast<int>(failed);
   void* list[] = {const_cast<Arguments*>(&arguments)};
-  return static_cast<int>(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, threads,
-                                           list, 0, static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(cudaLaunchKernel(function, blocks, threads, list,
+                                           static_cast<size_t>(shared),
+                                           static_cast<cudaStream_t>(stream)));
 #endif
 }
 

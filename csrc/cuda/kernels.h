@@ -74,6 +74,47 @@ struct Dropout {
   Dtype dtype;
 };
 
+// (tokens, heads, head_dim) in 16 bits; a head's elements lie side by side, strides are in elements.
+struct Strided {
+  const void* data;
+  int64_t token, head;
+};
+
+// What forward and backward have in common.
+struct Attention {
+  Strided q;                                   // tokens_q
+  Strided k, v;                                // tokens_k
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1)
+  const int64_t* seed;                         // one element; null without dropout
+  int64_t tokens_q, tokens_k, batch, heads, head_dim;
+  int64_t longest_q, longest_k;  // sequences
+  float scale;
+  uint32_t threshold, site;
+  bool causal;
+  Dtype dtype;           // bfloat16 or float16
+  int warps;             // of a head in a block; each has 16 queries
+  int heads_together;    // in a block
+  int key_rows;          // of a tile of keys: 64, or as many as the longest sequence needs
+  bool ahead;            // the next tile is copied while one is worked on, to a place of its own
+  int64_t shared_bytes;  // of dynamic shared memory, for all that
+};
+
+struct AttentionForward : Attention {
+  Strided out;       // as q
+  float* logsumexp;  // (heads, tokens_q), natural
+};
+
+struct AttentionBackward : Attention {
+  Strided dout, out;       // as q
+  const float* logsumexp;  // (heads, tokens_q)
+  float* facts;            // (heads, tokens_q, 2): what the first pass keeps for the second
+  Strided dq, dk, dv;      // as q, k, v; written
+};
+
+// The kernels of attention: forward; backward of whole heads, of sequences with no more queries than
+// a block has; and for longer ones its two passes, dq (and dots) before dk and dv.
+enum class AttentionPass : int { forward = 0, heads = 1, queries = 2, keys = 3 };
+
 // The runtime that is linked in keeps a current device of its own.
 int set_device(int device);
 // Whether the device can run what was compiled: its driver is new enough, and its architecture is
@@ -87,5 +128,7 @@ int layernorm_backward(const LayernormBackward& a, int processors, void* stream)
 int gelu_forward(const GeluForward& a, int processors, void* stream);
 int gelu_backward(const GeluBackward& a, int processors, void* stream);
 int dropout(const Dropout& a, int processors, void* stream);
+int attention_forward(const AttentionForward& a, void* stream);
+int attention_backward(AttentionPass pass, const AttentionBackward& a, void* stream);
 
 }  // namespace bertfast

@@ -66,13 +66,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 
 // sums (16 x 8) += a (16 x 16) b (16 x 8), T is Bfloat16 or Half (mma.m16n8k16, row.col). With
 // g = lane / 4 and t = lane % 4, a holds columns 2t and 2t + 1 of rows g and g + 8, then 8 columns
-// further; b rows 2t and 2t + 1 of column g, then 8 rows further; sums columns 2t and 2t + 1 of row
-// g, then of row g + 8.
+// further; b0 rows 2t and 2t + 1 of column g of b, b1 those 8 rows further; sums columns 2t and
+// 2t + 1 of row g, then of row g + 8.
 template <class T>
-__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
+__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
 #if defined(BERTFAST_EMULATION)
-  const auto all = emulation::Emulator::the().gather_fragments(a, b, "mma");
+  const auto* all =
+      emulation::Emulator::the().exchange(0xFFFFFFFFu, {{a[0], a[1], a[2], a[3], b0, b1}}, "mma");
   const int g = emulation::own_lane() / 4, t = emulation::own_lane() % 4;
   const auto half = [](uint32_t word, int high) {
     return to_float(T{static_cast<uint16_t>(high ? word >> 16 : word)});
@@ -80,8 +81,8 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4
   for (int i = 0; i < 4; ++i) {
     const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t left = all.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)];
-      const uint32_t right = all.b[column * 4 + k % 8 / 2][k / 8];
+      const uint32_t left = all[row % 8 * 4 + k % 8 / 2].word[row / 8 + 2 * (k / 8)];
+      const uint32_t right = all[column * 4 + k % 8 / 2].word[4 + k / 8];
       sums[i] += half(left, k % 2) * half(right, k % 2);
     }
   }
@@ -91,13 +92,13 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 

@@ -119,17 +119,31 @@ class Emulator {
   // All threads of the block wait here for each other.
   void barrier(const char* where) { wait(Wait::barrier, where, 0); }
 
-  // The threads of a warp named in `mask` wait for each other, and see what each brought.
-  const uint64_t* exchange(uint32_t mask, uint64_t value, const char* where) {
+  // What a thread shows the others of its warp.
+  struct Brought {
+    uint32_t word[6];
+  };
+
+  // The threads of a warp named in `mask` wait for each other, and see what each brought, by lane,
+  // until they wait again.
+  const Brought* exchange(uint32_t mask, const Brought& brought, const char* where) {
     Fiber& self = fibers_[current_];
     if (!(mask >> (current_ % warp_size) & 1u)) fail("a thread is not in its own mask", where);
-    self.brought = value;
+    self.brought = brought;
     wait(Wait::warp, where, mask);
     return self.seen;
   }
 
   void check_aligned(const void* p, const char* where) {
     if (reinterpret_cast<uintptr_t>(p) % 16) fail("an address is not on 16 bytes", where);
+  }
+
+  static Brought halves(uint64_t value) {
+    return {{static_cast<uint32_t>(value), static_cast<uint32_t>(value >> 32)}};
+  }
+
+  static uint64_t whole(const Brought& brought) {
+    return brought.word[0] | uint64_t{brought.word[1]} << 32;
   }
 
   // 16 bytes, or zeros without a source. Copied only when it is waited for.
@@ -153,34 +167,18 @@ class Emulator {
 
   void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const char* where) {
     check_aligned(row, where);
-    const uint64_t* rows = exchange(all_lanes, reinterpret_cast<uintptr_t>(row), where);
+    const uint64_t address = reinterpret_cast<uintptr_t>(row);
+    const Brought* rows = exchange(all_lanes, halves(address), where);
     const int lane = current_ % warp_size;
     for (int i = 0; i < 4; ++i) {
       uint16_t pair[2];
       for (int j = 0; j < 2; ++j) {
         const int r = transposed ? 2 * (lane % 4) + j : lane / 4;
         const int c = transposed ? lane / 4 : 2 * (lane % 4) + j;
-        pair[j] = reinterpret_cast<const uint16_t*>(rows[8 * i + r])[c];
+        pair[j] = reinterpret_cast<const uint16_t*>(whole(rows[8 * i + r]))[c];
       }
       to[i] = uint32_t{pair[0]} | uint32_t{pair[1]} << 16;
     }
-  }
-
-  // What every lane of the warp brings to a product.
-  struct Fragments {
-    uint32_t a[warp_size][4], b[warp_size][2];
-  };
-
-  Fragments gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], const char* where) {
-    Fragments all;
-    for (int i = 0; i < 4; ++i) {
-      const uint64_t* seen = exchange(all_lanes, a[i] | uint64_t{b[i % 2]} << 32, where);
-      for (int lane = 0; lane < warp_size; ++lane) {
-        all.a[lane][i] = static_cast<uint32_t>(seen[lane]);
-        all.b[lane][i % 2] = static_cast<uint32_t>(seen[lane] >> 32);
-      }
-    }
-    return all;
   }
 
   // Memory of the block: the same for all of its threads that ask under the same name.
@@ -226,8 +224,9 @@ class Emulator {
     Wait wait = Wait::nothing;
     const char* where = "";
     uint32_t mask = 0;
-    uint64_t brought = 0;
-    uint64_t seen[warp_size] = {};
+    Brought brought{};
+    Brought together[warp_size];  // of the threads that waited together, with the first of them
+    const Brought* seen = nullptr;
     std::vector<std::vector<Copy>> copies;  // groups; the last one is not committed
     void* fake_stack = nullptr;
   };
@@ -375,12 +374,14 @@ class Emulator {
       const Fiber& other = fibers_[first + lane];
       if (other.wait != Wait::warp || other.mask != mask || other.where != fibers_[i].where) return;
     }
+    Brought* together = nullptr;
     for (int lane = 0; lane < warp_size; ++lane) {
       if (!(mask >> lane & 1u)) continue;
       Fiber& other = fibers_[first + lane];
+      if (!together) together = other.together;
+      together[lane] = other.brought;
       other.wait = Wait::nothing;
-      for (int from = 0; from < warp_size; ++from)
-        if (mask >> from & 1u) other.seen[from] = fibers_[first + from].brought;
+      other.seen = together;
     }
   }
 
@@ -460,20 +461,32 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
+// From a table: without instructions for it, each conversion is a call that takes longer than the
+// product it is for.
+inline float half_to_float(uint16_t bits) {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(1 << 16);
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = static_cast<float>(from_bits<_Float16>(i));
+    return values;
+  }();
+  return table[bits];
+}
+
 template <class T>
 T shuffle(uint32_t mask, T value, int lane, const char* where) {
-  const uint64_t* all = Emulator::the().exchange(mask, to_bits(value), where);
+  const auto* all = Emulator::the().exchange(mask, Emulator::halves(to_bits(value)), where);
   if (lane < 0 || lane >= warp_size || !(mask >> lane & 1u))
     Emulator::the().fail("a shuffle reads a thread that is not in the mask", where);
-  return from_bits<T>(all[lane]);
+  return from_bits<T>(Emulator::whole(all[lane]));
 }
 
 // The lanes of the mask for which it is true.
 inline uint32_t ballot(uint32_t mask, bool value, const char* where) {
-  const uint64_t* all = Emulator::the().exchange(mask, value, where);
+  const auto* all = Emulator::the().exchange(mask, {{value}}, where);
   uint32_t voted = 0;
   for (int lane = 0; lane < warp_size; ++lane)
-    if (mask >> lane & 1u) voted |= uint32_t(all[lane]) << lane;
+    if (mask >> lane & 1u) voted |= all[lane].word[0] << lane;
   return voted;
 }
 
@@ -494,7 +507,7 @@ inline const bertfast::emulation::Index gridDim{&bertfast::emulation::Emulator::
 #define BERTFAST_WHERE __FILE__ ":" BERTFAST_TEXT(__LINE__)
 
 #define __syncthreads() bertfast::emulation::Emulator::the().barrier(BERTFAST_WHERE)
-#define __syncwarp() bertfast::emulation::Emulator::the().exchange(0xFFFFFFFFu, 0, BERTFAST_WHERE)
+#define __syncwarp() bertfast::emulation::Emulator::the().exchange(0xFFFFFFFFu, {}, BERTFAST_WHERE)
 #define __shfl_sync(mask, value, lane) \
   bertfast::emulation::shuffle(mask, value, lane, BERTFAST_WHERE)
 #define __shfl_xor_sync(mask, value, lanes)                                            \
@@ -504,6 +517,8 @@ inline const bertfast::emulation::Index gridDim{&bertfast::emulation::Emulator::
 #define __ballot_sync(mask, value) bertfast::emulation::ballot(mask, value, BERTFAST_WHERE)
 #define __any_sync(mask, value) (__ballot_sync(mask, value) != 0)
 #define __all_sync(mask, value) (__ballot_sync(mask, value) == (mask))
+
+inline int __clz(uint32_t bits) { return bits ? __builtin_clz(bits) : 32; }
 
 // Blocks and threads run one at a time, so that a plain read and write is atomic.
 template <class T>

@@ -13,11 +13,21 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sanitized import Buffers, thresholds
+from sanitized import Buffers, int32s, thresholds
 
-WORDS = ("layernorm", "gelu", "dropout")
+from bertfast.kernels.cuda.attention import (
+    FORWARD,
+    HEADS,
+    PASS_OF_KEYS,
+    QUERIES,
+    plan,
+    whole_head,
+)
+
+WORDS = ("layernorm", "gelu", "dropout", "attention")
 rows = st.sampled_from([0, 1, 3, 9, 20])
 columns = st.one_of(st.integers(1, 40), st.sampled_from([101, 256, 264, 1030, 1032, 4104]))
+some_lengths = st.sampled_from([0, 1, 5, 16, 30, 64, 70, 130])
 calls = 0
 
 
@@ -72,6 +82,53 @@ def dropout(lib: Any, draw: Callable[[Any], Any], b: Half) -> list[int]:
     n, c, code = draw(rows), draw(columns), draw(st.integers(0, 2))
     x, out = (b.numbers(code, n, c) for _ in range(2))
     return [lib.dropout(0, 1, 0, x, out, b.seed(1), n, c, draw(thresholds), 3, code)]
+
+
+def attention(lib: Any, draw: Callable[[Any], Any], b: Half) -> list[int]:
+    heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 8, 31, 32, 48, 64, 72, 96, 128]))
+    cross, code, threshold = draw(st.booleans()), draw(st.integers(1, 2)), draw(thresholds)
+    batch = draw(st.integers(0, 4))
+
+    def sequences() -> tuple[int, int, int]:
+        """Ends, tokens and the longest: of sequences, or any numbers there are."""
+        lengths = draw(st.lists(some_lengths, min_size=batch, max_size=batch))
+        ends = np.cumsum([0, *lengths], dtype=np.int32)
+        if draw(st.integers(0, 3)) == 0:
+            ends = np.array(
+                draw(st.lists(int32s, min_size=batch + 1, max_size=batch + 1)), np.int32
+            )
+        return b.keep(ends), sum(lengths) + draw(st.integers(0, 3)), max([0, *lengths])
+
+    end_q, tokens_q, longest_q = sequences()
+    end_k, tokens_k, longest_k = sequences() if cross else (end_q, tokens_q, longest_q)
+    causal, there = draw(st.booleans()), 227 * 1024
+
+    def strided(tokens: int) -> tuple[int, int, int]:
+        return b.numbers(code, tokens, heads, d), heads * d, d
+
+    q, out, dout, dq = (strided(tokens_q) for _ in range(4))
+    k, v, dk, dv = (strided(tokens_k) for _ in range(4))
+    logsumexp, facts = b.numbers(0, heads, tokens_q), b.numbers(0, heads, tokens_q, 2)
+    sizes = (
+        end_q, end_k, b.seed(threshold), tokens_q, tokens_k, batch, heads, d, longest_q, longest_k,
+        -0.3, threshold, 0xFFFFFFFF, causal, code,
+    )  # fmt: skip
+
+    def layout(kernel: int) -> tuple[int, int, int, bool, int]:
+        return plan(kernel, longest_q, longest_k, d, there)
+
+    forward = lib.attention_forward(0, 1, 0, q, k, v, out, logsumexp, *sizes, *layout(FORWARD))
+    whole = whole_head(longest_q, longest_k, d, there) and draw(st.booleans())
+    return [
+        forward,
+        *(
+            lib.attention_backward(
+                0, 1, 0, kernel, dout, q, k, v, out, dq, dk, dv, logsumexp, facts, *sizes,
+                *layout(kernel),
+            )
+            for kernel in ((HEADS,) if whole else (QUERIES, PASS_OF_KEYS))
+        ),
+    ]  # fmt: skip
 
 
 def main(path: str, count: int) -> None:

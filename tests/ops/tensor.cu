@@ -22,9 +22,8 @@ __device__ void tensor_product(const Bfloat16* in, float* out) {
   load_matrices<false>(a, held + lane % 16 * 2 + lane / 16);
   load_matrices<true>(b, held + 32 + lane % 16);
   const uint32_t left[4] = {a[0], SWAPPED ? a[2] : a[1], SWAPPED ? a[1] : a[2], a[3]};
-  const uint32_t right[2] = {b[0], b[1]};
   float sums[4] = {};
-  multiply<Bfloat16>(sums, left, right);
+  multiply<Bfloat16>(sums, left, b[0], b[1]);
   const int row = lane / 4, column = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) out[(row + i / 2 * 8) * 8 + column + i % 2] = sums[i];
 }

@@ -3,6 +3,7 @@ import torch
 
 from bertfast import ops, testing
 from bertfast.backends import kernel
+from bertfast.errors import BackendError
 from bertfast.kernels import cpu
 from bertfast.ops.dropout import attention_keep_mask
 
@@ -128,15 +129,23 @@ def test_cpu_mask_is_the_reference_mask(dtype, heads, use_isa):
                 assert torch.equal(kept("cpu", seed, site), expected), isa
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton_mask_is_the_reference_mask(dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "width"),
+    [
+        ("triton", torch.float32, 256),
+        ("triton", torch.float16, 256),
+        ("cuda", torch.float16, 128),
+        ("cuda", torch.bfloat16, 128),
+    ],
+)
+def test_gpu_mask_is_the_reference_mask(name, dtype, width):
     """As above, forward in both ways of finding a program's sequence."""
     for lengths in ((130, 1, 70), (64, 64)):
         queries, start = sum(lengths), 0
-        q = torch.zeros(queries, 3, 256, dtype=dtype)
-        v = torch.zeros(queries, 3, 256, dtype=dtype)
+        q = torch.zeros(queries, 3, width, dtype=dtype)
+        v = torch.zeros(queries, 3, width, dtype=dtype)
         for length in lengths:
-            v[start : start + length] = torch.eye(length, 256, dtype=dtype).unsqueeze(1)
+            v[start : start + length] = torch.eye(length, width, dtype=dtype).unsqueeze(1)
             start += length
         for seed, site in ((0, 0xFFFFFFFF), (-1, 0), (testing.SEED, 7)):
             kept = [
@@ -145,7 +154,7 @@ def test_triton_mask_is_the_reference_mask(dtype):
                     seed=testing.seed_tensor(seed), site=site, backend=backend,
                 )
                 != 0
-                for backend in ("triton", "reference")
+                for backend in (name, "reference")
             ]  # fmt: skip
             assert torch.equal(*kept)
             assert 0.2 < kept[0][: lengths[0], :, : lengths[0]].double().mean() < 0.8
@@ -440,6 +449,185 @@ TRITON_MUTATIONS = {
 def test_triton_gate_bites(name, triton_mutants):
     with triton_mutants.in_place(*TRITON_MUTATIONS[name]):
         assert testing.gates_are_red("attention", "triton")
+
+
+CUDA_MUTATIONS = {
+    "tiles written and read in another order": (
+        "cuda/tile.h",
+        "return memory + begin + row * pieces + (piece ^ swizzle(row));",
+        "return memory + begin + row * pieces + piece;",
+    ),
+    "every eighth row swizzled alike": (
+        "cuda/tile.h",
+        "lane_row * pieces + (lane_piece ^ swizzle(lane_row))",
+        "lane_row * pieces + (lane_piece ^ swizzle(lane_row % 4))",
+    ),
+    "the copies of forward are not waited for": (
+        "cuda/attention.cu",
+        "wait_for_copies<0>();\n    // All",
+        "wait_for_copies<1>();\n    // All",
+    ),
+    "the copies of backward are not waited for": (
+        "cuda/attention_backward.cu",
+        "wait_for_copies<0>();\n    // All have finished the queries",
+        "wait_for_copies<1>();\n    // All have finished the queries",
+    ),
+    "lanes of the transposed left operand": (
+        "cuda/tile.h",
+        "load_matrices<true>(a, at(row, piece, lane_id() / 16 * 8 + lane_id() % 8, "
+        "lane_id() / 8 % 2));",
+        "load_matrices<true>(a, at(row, piece, lane_id() % 16, lane_id() / 16));",
+    ),
+    "lanes of the right operand": (
+        "cuda/tile.h",
+        "load_matrices<true>(b, at(row, piece, lane_id() % 16, lane_id() / 16));",
+        "load_matrices<true>(b, at(row, piece, lane_id() / 16 * 8 + lane_id() % 8, "
+        "lane_id() / 8 % 2));",
+    ),
+    "forward reads the block of keys before": (
+        "cuda/attention.cu",
+        "const int buffer = key / key_block % buffers * key_block;\n      const View",
+        "const int buffer = (key / key_block + 1) % buffers * key_block;\n      const View",
+    ),
+    "the second pass reads the queries before": (
+        "cuda/attention_backward.cu",
+        "const int buffer = first / rows % buffers * rows;\n    const Tile",
+        "const int buffer = (first / rows + 1) % buffers * rows;\n    const Tile",
+    ),
+    "the gradients are read before all have put them": (
+        "cuda/attention_backward.cu",
+        "if (KEYS) {\n      __syncthreads();",
+        "if (KEYS) {",
+    ),
+    "keys behind the last one count": (
+        "cuda/attention.h",
+        "last[i] = keys - 1;",
+        "last[i] = key_block;",
+    ),
+    "the last sixteen keys are left out": (
+        "cuda/attention.h",
+        "(keys + 15) / 16",
+        "keys / 16",
+    ),
+    "causal aligned at the top left": (
+        "cuda/attention.h",
+        "const int beyond = s.keys - s.queries - first_key;",
+        "const int beyond = -first_key;",
+    ),
+    "the mask's columns in another order": (
+        "cuda/attention.h",
+        "first_key / 8 + lane_id() % 4 * 2 + i % 2",
+        "first_key / 8 + lane_id() % 4 + i % 2 * 4",
+    ),
+    "the second half has the first one's mask": (
+        "cuda/attention_backward.cu",
+        "mask.keeps(half * tiles + n, e)",
+        "mask.keeps(n, e)",
+    ),
+    "rows g and g + 8 exchanged in shared memory": (
+        "cuda/attention_backward.cu",
+        "i % 2 == 1, scores[k][i]",
+        "i % 2 == 0, scores[k][i]",
+    ),
+    "the outputs so far are not rescaled": (
+        "cuda/attention.cu",
+        "sums[n][e] *= rescale[e / 2];",
+        "sums[n][e] *= 1.0f;",
+    ),
+    "no 1 / (1 - p) in forward": (
+        "cuda/attention.cu",
+        "0.0f : kept_scale / total[j]",
+        "0.0f : 1.0f / total[j]",
+    ),
+    "no row dots": (
+        "cuda/attention_backward.cu",
+        "* mask.scale : 0.0f) - facts[e / 2].dots)",
+        "* mask.scale : 0.0f))",
+    ),
+    "dv gets the scale of dk": (
+        "cuda/attention_backward.cu",
+        "of_keys ? a.scale : a.seed",
+        "!of_keys ? a.scale : a.seed",
+    ),
+    "the first pass keeps nothing of the second head": (
+        "cuda/attention_backward.cu",
+        "reinterpret_cast<const RowFacts*>(a.facts)[head * a.tokens_q",
+        "reinterpret_cast<const RowFacts*>(a.facts)[0 * a.tokens_q",
+    ),
+    "the sequence before is found": (
+        "cuda/attention.h",
+        "low += (last > 0 ? last : 0) * step;",
+        "low += (last > 1 ? last - 1 : 0) * step;",
+    ),
+    "storage keeps what was there": (
+        "cuda/attention.h",
+        "* x.head + i % a.head_dim] = 0;",
+        "* x.head + i % a.head_dim] |= 0;",
+    ),
+    "the second half of wide columns is the first one's": (
+        "cuda/attention_backward.cu",
+        "column = number / 8 * width;",
+        "column = 0;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_MUTATIONS)
+def test_cuda_gate_bites(name, cuda_mutants):
+    with cuda_mutants.in_place(*CUDA_MUTATIONS[name]):
+        assert testing.gates_are_red("attention", "cuda")
+
+
+def test_what_cuda_does_not_take():
+    takes = kernel("attention", "cuda").supports
+    assert takes(torch.ones(1, 1, 128).half()) is None
+    assert "takes torch.bfloat16 and torch.float16" in takes(torch.ones(1, 1, 64))
+    assert "heads have 129 elements; it takes up to 128" in takes(torch.ones(1, 1, 129).half())
+
+
+def test_cuda_says_how_much_shared_memory_it_needs(monkeypatch):
+    of_cuda = kernel("attention", "cuda")
+    monkeypatch.setattr(of_cuda, "shared_memory_of", lambda x: 99 * 1024)
+    assert of_cuda.supports(torch.ones(1, 1, 64).half()) is None
+    said = "heads of 100 need 131072 bytes of shared memory in a block; cpu has 101376"
+    assert of_cuda.supports(torch.ones(1, 1, 100).half()) == said
+
+
+@pytest.mark.parametrize("there", [99 * 1024, 163 * 1024, 227 * 1024])
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+def test_the_plan_fits_its_device(head_dim, there):
+    """One block always; and as many as planned wherever a tile is copied ahead."""
+    of_cuda = kernel("attention", "cuda")
+    if of_cuda.shared_bytes(of_cuda.PASS_OF_KEYS, head_dim, 8, 1, 64, False) > there:
+        return
+    for length in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 4096):
+        whole = of_cuda.whole_head(length, length, head_dim, there)
+        rest = (of_cuda.HEADS,) if whole else (of_cuda.QUERIES, of_cuda.PASS_OF_KEYS)
+        for one in (of_cuda.FORWARD, *rest):
+            warps, heads, keys, ahead, needed = of_cuda.plan(one, length, length, head_dim, there)
+            assert needed <= there
+            if ahead:
+                blocks = of_cuda.blocks_at_once(one, head_dim, warps)
+                assert blocks * (needed + 1024) <= there + 1024
+            assert 4 <= warps * heads <= 16
+            assert keys == 64 or length <= keys
+            if one == of_cuda.HEADS:
+                assert length <= 16 * warps
+    assert not of_cuda.whole_head(257, 257, head_dim, there)
+
+
+@pytest.mark.parametrize("there", [99 * 1024, 163 * 1024])
+@pytest.mark.parametrize("name", ["several_blocks", "two_passes", "full_width", "split-cross"])
+def test_cuda_with_less_shared_memory(name, there, monkeypatch):
+    """Without tiles copied ahead, or in two passes where one would not fit."""
+    of_cuda = kernel("attention", "cuda")
+    (case,) = (case for case in testing.CASES["attention"] if case.name == name)
+    monkeypatch.setattr(of_cuda, "shared_memory_of", lambda x: there)
+    if (name, there) == ("full_width", 99 * 1024):
+        with pytest.raises(BackendError, match="need 131072 bytes of shared memory"):
+            case.op(case.inputs(torch.float16), "cuda")
+        return
+    testing.run_gates("attention", "cuda", "float16", cases=[case])
 
 
 BAD = {

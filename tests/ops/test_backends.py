@@ -76,11 +76,31 @@ def test_an_explicit_choice_that_cannot_run_says_why():
         bertfast.backend("cuda"),
         pytest.raises(BackendError, match="has no kernel for it; it has"),
     ):
-        chosen("attention")
+        chosen("embedding")
     with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda"):
         choose("gelu", X, "cupu")
     with pytest.raises(ValueError, match="backend: expected one of"), bertfast.backend("cupu"):
         pass
+
+
+def test_the_first_of_several_that_can_run(monkeypatch):
+    with bertfast.backend("cuda,cpu,reference"):
+        assert chosen("embedding") == "cpu", "there is no CUDA kernel"
+        assert chosen("gelu") == "cuda"
+        assert chosen("attention", torch.ones(1, 1, 8)) == "cpu", "float32"
+        assert chosen("attention", torch.ones(1, 1, 8).bfloat16()) == "cuda"
+        assert chosen("embedding", X.double()) == "reference"
+        rows = {row.op: row for row in bertfast.explain("cpu")}
+    assert rows["gelu"].backend == "cuda"
+    assert rows["gelu"].passed_over["cpu"] == "'cuda' comes first"
+    assert "asked for by name" in rows["gelu"].passed_over["triton"]
+    assert rows["attention"].backend == "cpu"
+    assert "takes torch.bfloat16" in rows["attention"].passed_over["cuda"]
+    said = "attention: backend 'cuda' cannot run: .*; backend 'cpu' cannot run: .*float64"
+    with pytest.raises(BackendError, match=said):
+        choose("attention", torch.ones(1, 1, 8).double(), "cuda,cpu")
+    with pytest.raises(ValueError, match="with commas between them, got 'cuda,'"):
+        choose("gelu", X, "cuda,")
 
 
 def run_python(code, **environment):
@@ -129,7 +149,7 @@ def test_explain():
     assert set(rows) == set(TABLE)
     assert rows["gelu"].backend == "cpu"
     assert rows["gelu"].passed_over["reference"] == "'cpu' comes first"
-    assert rows["attention"].passed_over["cuda"] == "has no kernel for this op"
+    assert rows["embedding"].passed_over["cuda"] == "has no kernel for this op"
     assert {row.backend for row in rows.values()} == {"cpu"}
     half = {row.op: row for row in bertfast.explain("cpu", torch.float16)}
     assert half["gelu"].backend == "reference"

@@ -11,9 +11,12 @@ import csrc_build
 import csrc_build_cuda
 import pytest
 
+from bertfast.kernels.cuda import attention
+
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ("80", "90a")
 WORDS = ("layernorm", "gelu", "dropout")
+ATTENTION = ("attention", "attention_backward")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Compiled:
     stack: int
     loads: dict[str, int]
     stores: dict[str, int]
+    code: str
 
     @property
     def wide(self):
@@ -64,6 +68,7 @@ def compile_one(word, architecture, folder):
             int(stack),
             widths(codes[mangled], "LDG"),
             widths(codes[mangled], "STG"),
+            codes[mangled],
         )
         for name, (mangled, registers, stack) in zip(names, found, strict=True)
     ]
@@ -97,7 +102,7 @@ def compiled(tmp_path_factory):
     with ThreadPoolExecutor(2) as two:
         jobs = {
             (word, architecture): two.submit(compile_one, word, architecture, folder)
-            for word in WORDS
+            for word in (*WORDS, *ATTENTION)
             for architecture in ARCHITECTURES
         }
     return {key: job.result() for key, job in jobs.items()}
@@ -113,6 +118,60 @@ def test_tensor_cores_are_used(compiled, tmp_path):
     code = output_of(tool("nvdisasm"), "-c", target)
     for instruction in ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "HMMA.16816"):
         assert re.search(rf"\b{re.escape(instruction)}", code), instruction
+
+
+def attention_kernels(compiled, architecture):
+    """Each with its kernel as kernels/cuda/attention.py names it, its head dimension and warps."""
+    found = []
+    for kernel in (
+        compiled["attention", architecture] + compiled["attention_backward", architecture]
+    ):
+        name, arguments = re.search(r"(\w+_kernel)<([^>]*)>\(", kernel.name).groups()
+        width, *rest = (word.strip() for word in arguments.split(",")[1:])
+        if name == "attention_kernel":
+            found.append((attention.FORWARD, int(width), 8, kernel))
+        elif name == "keys_kernel":
+            found.append((attention.PASS_OF_KEYS, int(width), int(rest[0]), kernel))
+        else:
+            one = attention.HEADS if rest[1] == "true" else attention.QUERIES
+            found.append((one, int(width), int(rest[0]), kernel))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_keeps_to_its_plan(compiled, architecture):
+    """No spills, registers for the blocks that the plan counts on, and all kernels it asks for."""
+    found = attention_kernels(compiled, architecture)
+    seen = {(kernel, width, warps) for kernel, width, warps, _ in found}
+    for width in attention.WIDTHS:
+        for kernel in (attention.FORWARD, attention.QUERIES, attention.PASS_OF_KEYS):
+            assert (kernel, width, 8) in seen
+        for length in (1, 32, 33, 64, 65, 128, 129, 256):
+            if attention.whole_head(length, length, width, 227 * 1024):
+                warps = attention.plan(attention.HEADS, length, length, width, 227 * 1024)[0]
+                assert (attention.HEADS, width, warps) in seen, "the launcher would take another"
+    # Forward with and without dropout.
+    assert len(found) == 2 * (len(seen) + len(attention.WIDTHS))
+    for kernel, width, warps, compiled_one in found:
+        assert compiled_one.stack == 0, compiled_one.name
+        threads = 32 * max(warps, 4)
+        blocks = attention.blocks_at_once(kernel, width, warps)
+        assert compiled_one.registers * threads * blocks <= 65536, compiled_one.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_is_on_tensor_cores(compiled, architecture):
+    """Products and the loads for them are one instruction each. Rows come from global memory
+    straight to shared memory, and go back 16 bytes at a time."""
+    for kernel, width, _, one in attention_kernels(compiled, architecture):
+        products = one.code.count("HMMA.16816.F32")
+        # Of 16 queries and 64 keys: scores and outputs; of 32 keys: scores, their gradients, dq.
+        exactly = {attention.FORWARD: width, attention.QUERIES: width * 3 // 4}
+        assert products == exactly.get(kernel, products), one.name
+        assert products >= width * 3 // 4, one.name
+        for instruction in ("LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"):
+            assert instruction in one.code, one.name
+        assert one.stores.get("128", 0) >= 1, one.name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

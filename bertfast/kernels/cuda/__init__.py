@@ -19,6 +19,7 @@ from bertfast.errors import KernelError
 from bertfast.kernels.device import (
     on_device,
     properties,
+    shared_memory,
     unsupported_by_gpu,
     unsupported_dtype,
 )
@@ -92,6 +93,11 @@ def dtype_code(x: Tensor) -> int:
 def processors_of(x: Tensor) -> int:
     """Of ``x``'s device; one where it is emulated, so that few blocks go round several times."""
     return properties(x.device.index)[1] if x.is_cuda else 1
+
+
+def shared_memory_of(x: Tensor) -> int:
+    """Bytes that a block may have on ``x``'s device; where it is emulated, as on an H100."""
+    return shared_memory(x.device.index) if x.is_cuda else 227 * 1024
 
 
 def launch(kernel: str, x: Tensor, *arguments: object, **numbers: object) -> None:

@@ -5,15 +5,13 @@ Where sequences are at most 128 long, backward gives one program a whole head in
 in place of seven. Nothing is added up by more than one program, so there are no atomics.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bertfast.kernels import triton as shared
-from bertfast.kernels.device import on_device
+from bertfast.kernels.device import on_device, shared_memory
 from bertfast.kernels.layout import by_head, dense
 from bertfast.kernels.triton import Tile, generation, product_precision, signed
 from bertfast.kernels.triton._dropout import keep_scores
@@ -25,8 +23,7 @@ def supports(x: Tensor) -> str | None:
     if reason is None and x.is_cuda and x.dtype == torch.float32 and x.dim() == 3:
         # What backward's products need, which are not the tensor cores' (triton_compiled.json).
         needed = 49152 if x.shape[2] <= 64 else 114688 if x.shape[2] <= 128 else 172032
-        properties: Any = torch.cuda.get_device_properties(x.device.index)
-        there = properties.shared_memory_per_block_optin
+        there = shared_memory(x.device.index)
         if there < needed:
             return (
                 f"float32 heads of {x.shape[2]} need {needed} bytes of shared memory in a block; "
