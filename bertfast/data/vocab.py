@@ -148,7 +148,7 @@ def save_tokenizer(
     tokenizer.save(str(directory / "tokenizer.json"))
     config: dict[str, Any] = {
         "tokenizer_class": "BertTokenizer",
-        "do_lower_case": _is_lowercase(tokenizer),
+        "do_lower_case": is_lowercase(tokenizer),
         "model_max_length": max_length,
     }
     for token in SPECIAL_TOKENS:
@@ -157,12 +157,17 @@ def save_tokenizer(
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt`` (then
-    ``tokenizer_config.json``'s ``do_lower_case``, default true, says whether it lower-cases).
+def load_tokenizer(
+    directory: str | os.PathLike[str], *, lowercase: bool | None = None
+) -> Tokenizer:
+    """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt``.
+
+    ``vocab.txt`` does not say whether text is lower-cased. ``lowercase`` does, or where it is None
+    ``tokenizer_config.json``'s ``do_lower_case``, or where that is missing the words themselves: a
+    vocabulary with capitals in it is of cased text.
 
     Raises ValueError, naming the path, when neither file is there, one is damaged, or a special
-    token is missing.
+    token is missing; or when ``lowercase`` is given and ``tokenizer.json`` does otherwise.
     """
     directory = Path(directory)
     file = directory / "tokenizer.json"
@@ -176,9 +181,12 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
         with _named(file):
             special_ids(tokenizer)
+        if lowercase not in (None, is_lowercase(tokenizer)):
+            does = "lower-cases" if is_lowercase(tokenizer) else "keeps case"
+            raise ValueError(f"lowercase: expected {not lowercase}, as {file} {does}")
         return tokenizer
     if (directory / "vocab.txt").is_file():
-        return _from_vocab_txt(directory)
+        return _from_vocab_txt(directory, lowercase)
     raise ValueError(f"{directory}: expected tokenizer.json or vocab.txt, found neither")
 
 
@@ -191,7 +199,7 @@ def _named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _from_vocab_txt(directory: Path) -> Tokenizer:
+def _from_vocab_txt(directory: Path, lowercase: bool | None) -> Tokenizer:
     lines = _read_text(directory / "vocab.txt").split("\n")
     if lines and not lines[-1]:
         lines.pop()
@@ -200,21 +208,38 @@ def _from_vocab_txt(directory: Path) -> Tokenizer:
         raise ValueError(
             f"{directory / 'vocab.txt'}: expected one different token a line, got repeated ones"
         )
-    lowercase: Any = True
     config = directory / "tokenizer_config.json"
-    if config.is_file():
-        try:
-            settings = json.loads(_read_text(config))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{config}: expected JSON, got: {error}") from None
-        lowercase = settings.get("do_lower_case", True) if isinstance(settings, dict) else None
-        if not isinstance(lowercase, bool):
-            raise ValueError(
-                f"{config}: expected an object whose do_lower_case is true or false, "
-                f"got {repr(settings)[:80]}"
-            )
+    if lowercase is None and config.is_file():
+        lowercase = _do_lower_case(config)
+    if lowercase is None:
+        lowercase = not _has_capitals(vocab)
     with _named(directory / "vocab.txt"):
         return _with_special_tokens(vocab, lowercase)
+
+
+def _do_lower_case(config: Path) -> bool | None:
+    """What a ``tokenizer_config.json`` says of it, if anything."""
+    try:
+        settings = json.loads(_read_text(config))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{config}: expected JSON, got: {error}") from None
+    found: Any = settings.get("do_lower_case") if isinstance(settings, dict) else settings
+    if not (isinstance(settings, dict) and (found is None or isinstance(found, bool))):
+        raise ValueError(
+            f"{config}: expected an object whose do_lower_case is true or false, "
+            f"got {repr(settings)[:80]}"
+        )
+    return found
+
+
+def _has_capitals(vocab: Iterable[str]) -> bool:
+    """Whether words of a vocabulary are cased; "[CLS]" and "[unused1]" are no words.
+
+    One word in a hundred, so that one letter of a foreign script does not decide. Google's
+    uncased vocabulary has no capital at all, and a third of the cased one's words have.
+    """
+    words = [token for token in vocab if not (token.startswith("[") and token.endswith("]"))]
+    return 100 * sum(word != word.lower() for word in words) > len(words)
 
 
 def _read_text(path: Path) -> str:
@@ -224,7 +249,8 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text, got: {error}") from None
 
 
-def _is_lowercase(tokenizer: Tokenizer) -> bool:
+def is_lowercase(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer lower-cases text."""
     return bool(getattr(tokenizer.normalizer, "lowercase", False))
 
 

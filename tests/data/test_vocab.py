@@ -15,6 +15,7 @@ from bertfast.data import (
     special_ids,
     train_vocab,
 )
+from bertfast.data.vocab import is_lowercase
 
 TEXT = [
     ["The quick brown fox jumps over the lazy dog.", "The dogs jumped quickly."],
@@ -85,6 +86,36 @@ def test_cased_vocab_txt_keeps_its_case(tmp_path) -> None:
     save_tokenizer(tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     assert load_tokenizer(tmp_path).encode("The Fox").ids == tokenizer.encode("The Fox").ids
+
+
+def test_vocab_txt_shows_its_case(tmp_path) -> None:
+    """A flag before tokenizer_config.json before capitals among the words."""
+    for cased in (False, True):
+        directory = tmp_path / str(cased)
+        save_tokenizer(train_vocab(TEXT * 3, 150, lowercase=not cased), directory)
+        (directory / "tokenizer.json").unlink()
+        config = directory / "tokenizer_config.json"
+        for lowercase in (True, False):
+            assert is_lowercase(load_tokenizer(directory, lowercase=lowercase)) == lowercase
+            config.write_text(json.dumps({"do_lower_case": lowercase}))
+            assert is_lowercase(load_tokenizer(directory)) == lowercase
+        config.write_text("{}")
+        assert is_lowercase(load_tokenizer(directory)) != cased
+        config.unlink()
+        assert is_lowercase(load_tokenizer(directory)) != cased
+    # One capital in a hundred words, "[unused0]" and "[X]" aside, is no case.
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[X]", "A"]
+    for count, lowercase in ((98, False), (99, True)):
+        lines = words + [f"w{i}" for i in range(count)]
+        (directory / "vocab.txt").write_text("\n".join(lines))
+        assert is_lowercase(load_tokenizer(directory)) == lowercase
+
+
+def test_a_flag_against_tokenizer_json_is_refused(tmp_path) -> None:
+    save_tokenizer(train_vocab(TEXT * 3, 150), tmp_path)
+    load_tokenizer(tmp_path, lowercase=True)
+    with pytest.raises(ValueError, match=r"^lowercase: expected True, as .*json lower-cases"):
+        load_tokenizer(tmp_path, lowercase=False)
 
 
 def test_transformers_reads_the_same_ids(tmp_path) -> None:
