@@ -23,6 +23,8 @@ from types import ModuleType
 # Here the Triton kernels run on CPU tensors, in Triton's interpreter; `make gpu` is for the device.
 # Before anything imports triton, which reads it once.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# A test that asks the hub for a model gets what the test has put into a cache, or an error.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 

@@ -40,16 +40,20 @@ class BertPreTrainedModel(nn.Module):
         config: BertConfig | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Model:
         """Load a model in evaluation mode; see :func:`bertfast.model.checkpoint.load`.
 
         Args:
-            path: directory in Hugging Face's layout.
-            config: instead of the directory's ``config.json``.
+            path: directory in Hugging Face's layout or with a TensorFlow checkpoint, such a
+                checkpoint's prefix (``…/bert_model.ckpt``), or the id of a model on the hub.
+            config: instead of the checkpoint's.
             dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
             device: where the parameters go; None is the CPU.
-            options: config fields to override (``num_labels=3``), and the class's own arguments
+            revision: branch, tag or commit on the hub; None is its main branch.
+            options: config fields to override (``num_labels=3``; ``max_position_embeddings=128``
+                cuts the position table), and the class's own arguments
                 (``add_pooling_layer=False``).
 
         Raises:
@@ -59,8 +63,9 @@ class BertPreTrainedModel(nn.Module):
         from bertfast.model import checkpoint
 
         return checkpoint.load(
-            cls, path, config=config, dtype=dtype, device=device, options=options
-        )
+            cls, path, config=config, dtype=dtype, device=device, revision=revision,
+            options=options,
+        )  # fmt: skip
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"

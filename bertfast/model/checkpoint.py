@@ -1,14 +1,17 @@
-"""Weights in and out, in Hugging Face's directory layout.
+"""Weights in and out: into a model from any of :mod:`bertfast.model.sources`, out to a directory
+in Hugging Face's layout.
 
-Files are material from strangers: nothing is unpickled beyond ``weights_only``, shapes are compared
-before parameters are allocated, and whatever is wrong with a file is a :class:`CheckpointError`
-that names it. A checkpoint fits a model exactly, or the difference is one of these:
+Shapes are compared before parameters are allocated, and whatever is wrong with a file is a
+:class:`CheckpointError` that names it. A checkpoint fits a model exactly, or the difference is one
+of these:
 
 * the body's names come with or without ``bert.``, LayerNorm's as ``gamma`` and ``beta``;
 * buffers that are no weights (``position_ids``) are skipped;
 * a tied decoder may be stored or not, and its bias under either of its names;
 * a head or pooler that the model does not have is skipped; one that the checkpoint does not have
-  is drawn anew, with a warning.
+  is drawn anew, with a warning;
+* the position table is longer than the caller asks for: its first rows are taken;
+* what :mod:`bertfast.model.families` says of BERT's relatives.
 """
 
 import json
@@ -20,30 +23,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bertfast.errors import CheckpointError
 from bertfast.model.base import BertPreTrainedModel, init_parameter
-from bertfast.model.config import BertConfig, read_json
-
-CONFIG = "config.json"
-SAFETENSORS = "model.safetensors"
-PICKLE = "pytorch_model.bin"
-# In the order they are looked for.
-WEIGHT_FILES = (SAFETENSORS, f"{SAFETENSORS}.index.json", PICKLE, f"{PICKLE}.index.json")
+from bertfast.model.bert import BertModel
+from bertfast.model.config import BertConfig
+from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
+from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
 
 BODY = ("embeddings.", "encoder.", "pooler.")
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 WORD_TABLE = "bert.embeddings.word_embeddings.weight"
+POSITION_TABLE = "bert.embeddings.position_embeddings.weight"
+TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 PREDICTION_BIAS = "cls.predictions.bias"
 # Each of these is in a checkpoint, or in a model, as a whole or not at all.
-PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PARTS = (POOLER, PREDICTIONS, "cls.seq_relationship.", CLASSIFIER, "qa_outputs.")
 
 Model = TypeVar("Model", bound=BertPreTrainedModel)
 
@@ -55,21 +54,26 @@ def load(
     config: BertConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    revision: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Model:
-    """Build ``cls`` with the weights in the directory ``path``, in evaluation mode.
+    """Build ``cls`` with the weights that ``path`` means, in evaluation mode.
 
-    The directory holds ``config.json`` (unless ``config`` is given) and one of
+    A directory holds ``config.json`` (unless ``config`` is given) and one of
     ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin``,
-    ``pytorch_model.bin.index.json``, looked for in this order.
+    ``pytorch_model.bin.index.json``, looked for in this order; or ``bert_config.json`` and a
+    TensorFlow checkpoint (``*.index``, ``*.data-…``), as Google published them.
 
     Args:
         cls: the model class.
-        path: directory.
-        config: in place of ``config.json``.
+        path: a directory, a TensorFlow checkpoint's prefix (``…/bert_model.ckpt``), or the id of a
+            model on the hub, for which ``huggingface_hub`` must be installed.
+        config: in place of the checkpoint's; its weights are then taken for BERT's.
         dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
         device: where the parameters go; None is the CPU.
-        options: config fields to override, and ``cls``'s own arguments.
+        revision: branch, tag or commit on the hub; None is its main branch.
+        options: config fields to override, and ``cls``'s own arguments. A
+            ``max_position_embeddings`` below the checkpoint's cuts its position table.
 
     Raises:
         CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
@@ -78,35 +82,36 @@ def load(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
     device = _device(device)
-    directory = _directory(path)
-    if config is None:
-        config = BertConfig.from_json_file(directory / CONFIG)
-    elif not isinstance(config, BertConfig):
-        raise TypeError(f"config: expected a BertConfig, got {type(config).__name__}")
+    source, given = open_source(path, config, revision), config is not None
+    config = source.config
     fields = vars(config).keys() - {"extra"}
     options = dict(options or {})
     overrides = {name: options.pop(name) for name in list(options) if name in fields}
     if overrides:
         config = config.replace(**overrides)
+    if cls is BertModel and not source.family.has_pooler:
+        options.setdefault("add_pooling_layer", False)
 
     # On the meta device a model costs no memory, so shapes are compared before any is allocated.
     with torch.device("meta"):
         model = cls(config, **options)
-    file, stored = read_weights(directory)
-    weights = _canonical(file, stored)
-    fresh = _match(file, model, weights)
-    if dtype is None:
-        dtypes = {weight.dtype for weight in weights.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    weights, stored_names = _canonical(source, model)
+    chosen = given or "max_position_embeddings" in overrides
+    rows = _positions(source, config, weights, chosen)
+    fresh = _match(source.file, model, weights)
+    dtype = _dtype_of(weights) if dtype is None else dtype
 
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        weight = weights.get(_with_bert(name))
+        weight = weights.get(with_bert(name))
         if weight is None:
             weight = torch.empty(parameter.shape, device=device, dtype=dtype)
             init_parameter(name, weight, config)
+        elif weight.is_meta:
+            weight = source.read(stored_names[with_bert(name)])
+            weight = weight[rows] if with_bert(name) == POSITION_TABLE else weight
         # A copy always: a loaded tensor may be a view of a mapped file.
-        state[name] = weight.to(device=device, dtype=dtype, copy=True)
+        state[name] = weight.to(device=device, dtype=dtype, copy=True).contiguous()
     # Tied parameters are asked for under every name they have, and become one again after that.
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -115,7 +120,7 @@ def load(
     model.tie_weights()
     if fresh:
         warnings.warn(
-            f"{file}: has no {', '.join(part.rstrip('.') for part in fresh)}, which "
+            f"{source.file}: has no {', '.join(part.rstrip('.') for part in fresh)}, which "
             f"{cls.__name__} draws anew; train before use",
             stacklevel=3,
         )
@@ -131,139 +136,71 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device: expected one that is here, got {device!r} ({reason})") from error
 
 
-def _directory(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: expected a directory's path, got {type(path).__name__}")
-    directory = Path(path)
-    try:
-        if directory.is_dir():
-            return directory
-        exists = directory.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"path: expected a directory, got {str(path)!r} ({error})") from error
-    found = "a file" if exists else "no such directory; loading by a hub id is not supported yet"
-    raise CheckpointError(f"path: expected a directory, got {str(path)!r}, which is {found}")
-
-
-def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor]]:
-    """All tensors of a checkpoint directory under their stored names.
-
-    Returns:
-        The file (or index) they come from, for messages, and the tensors, on the CPU.
-
-    Raises:
-        CheckpointError: no weight file, or one that is damaged.
-    """
-    for name in WEIGHT_FILES:
-        file = directory / name
-        if not file.is_file():
-            continue
-        if name.endswith(".json"):
-            return file, _read_shards(file)
-        return file, _read_file(file)
-    try:
-        there = sorted(entry.name for entry in directory.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed ({error})") from error
-    raise CheckpointError(
-        f"{directory}: expected one of {', '.join(WEIGHT_FILES)}, got {_listed(there) or 'nothing'}"
-    )
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
+def _canonical(
+    source: Source, model: BertPreTrainedModel
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights under the names that a whole Hugging Face BERT has today, without buffers, and
+    the stored names of those."""
+    file, family = source.file, source.family
+    parts = parts_of(with_bert(name) for name, _ in model.named_parameters())
+    act = family.prediction_act
+    if PREDICTIONS in parts and act not in (None, model.config.hidden_act):
         raise CheckpointError(
-            f'{index}: expected an object whose "weight_map" gives each weight\'s file, '
-            f"got {_short(content)}"
+            f"{file}: expected hidden_act {act!r}, got {model.config.hidden_act!r}: the masked-LM "
+            "head of this architecture has that activation whatever its layers have"
         )
     weights: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        # A plain file name, so that an index cannot reach out of its directory.
-        if not shard or shard in (".", "..") or re.search(r"[/\\:\x00]", shard):
-            raise CheckpointError(
-                f"{index}: expected names of files beside it, got {_short(shard)}"
-            )
-        file = index.parent / shard
-        if not file.is_file():
-            raise CheckpointError(f"{index}: expected the file {shard} beside it, which is missing")
-        tensors = _read_file(file)
-        promised = {name for name, where in weight_map.items() if where == shard}
-        for kind, names in (
-            ("has no", promised - tensors.keys()),
-            ("has, unknown to the index,", tensors.keys() - promised),
-        ):
-            if names:
-                raise CheckpointError(f"{file}: {kind} {_listed(names)}, according to {index.name}")
-        weights.update(tensors)
-    return weights
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    for name, weight in weights.items():
-        if weight.dtype not in FLOATS and not name.endswith(("position_ids", "token_type_ids")):
-            raise CheckpointError(
-                f"{file}: expected {name} in one of {', '.join(map(str, FLOATS))}, "
-                f"got {weight.dtype}"
-            )
-    return weights
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    # Dtypes that torch lacks and shapes it refuses come as other exceptions than SafetensorError.
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError,
-            KeyError, MemoryError, OverflowError) as error:  # fmt: skip
-        raise CheckpointError(_damaged(file, "a safetensors file", error)) from error
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    # A damaged pickle fails in the interpreter of a small language: anything may come out.
-    except Exception as error:
-        raise CheckpointError(_damaged(file, "a file of torch weights", error)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a dict of tensors, got {_short(content)}")
-    for name, weight in content.items():
-        dense = isinstance(weight, Tensor) and weight.layout is torch.strided
-        if not isinstance(name, str) or not dense or weight.device.type != "cpu":
-            raise CheckpointError(
-                f"{file}: expected a dict of names and dense tensors, got "
-                f"{_short(name)} with {_short(weight)}"
-            )
-    return {name: weight.detach() for name, weight in content.items()}
-
-
-def _damaged(file: Path, expected: str, error: Exception) -> str:
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(16)
-        found = f"{file.stat().st_size} bytes starting {start!r}"
-    except OSError:
-        found = "something that cannot be read"
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return f"{file}: expected {expected}, got {found} ({_short(reason)})"
-
-
-def _canonical(file: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to what a whole Hugging Face BERT calls its weights today, and drop buffers."""
-    weights: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    for name, weight in stored.items():
-        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", _with_bert(name)))
+    for name, new in bert_names(file, family, source.tensors, parts).items():
+        if new is None:
+            continue
+        new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", with_bert(new)))
         if new in BUFFERS:
             continue
         if new in weights:
             raise CheckpointError(f"{file}: expected one {new}, got {origin[new]} and {name}")
-        weights[new], origin[new] = weight, name
-    return weights
+        weights[new], origin[new] = source.tensors[name], name
+    if not family.has_token_types:
+        shape = (model.config.type_vocab_size, model.config.hidden_size)
+        weights.setdefault(TYPE_TABLE, torch.zeros(shape, dtype=_dtype_of(weights)))
+    return weights, origin
+
+
+def parts_of(names: Iterable[str]) -> set[str]:
+    """Which of :data:`PARTS` there are among these weights."""
+    return {part for name in names for part in PARTS if name.startswith(part)}
+
+
+def _dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
+    dtypes = {weight.dtype for weight in weights.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _positions(
+    source: Source, config: BertConfig, weights: dict[str, Tensor], chosen: bool
+) -> slice:
+    """Cut the position table to the rows that the model has, and say which these are.
+
+    ``chosen``: the caller asks for so many positions, and not only the checkpoint's config.
+    """
+    first = 0
+    if source.family.positions_after_padding:
+        assert source.config.pad_token_id is not None
+        first = source.config.pad_token_id + 1
+    rows = slice(first, None)
+    table = weights.get(POSITION_TABLE)
+    if table is None or table.dim() != 2:
+        return rows
+    asked, there = config.max_position_embeddings, table.shape[0] - first
+    if chosen and asked > there:
+        raise CheckpointError(
+            f"{source.file}: expected max_position_embeddings of at most {there}, the rows of its "
+            f"position table, got {asked}: nothing was learnt for positions beyond"
+        )
+    if chosen:
+        rows = slice(first, first + asked)
+    weights[POSITION_TABLE] = table[rows]
+    return rows
 
 
 def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
@@ -272,8 +209,8 @@ def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -
     Returns:
         The parts of the model that the checkpoint does not have.
     """
-    shapes = {_with_bert(name): tuple(p.shape) for name, p in model.named_parameters()}
-    has_head = {part for part in PARTS if any(name.startswith(part) for name in shapes)}
+    shapes = {with_bert(name): tuple(p.shape) for name, p in model.named_parameters()}
+    has_head = parts_of(shapes)
     for name in [n for n in weights if n.startswith(PARTS) and not n.startswith(tuple(has_head))]:
         del weights[name]
     _merge_aliases(file, model, weights, shapes)
@@ -287,16 +224,16 @@ def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -
     missing = {name for name in missing if not name.startswith(tuple(fresh))}
     problems = []
     if missing:
-        problems.append(f"missing: {_listed(missing)}")
+        problems.append(f"missing: {listed(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {_listed(unexpected)}")
+        problems.append(f"unexpected: {listed(unexpected)}")
     wrong = [
         f"{name} is {tuple(weights[name].shape)} where the config makes it {shape}"
         for name, shape in shapes.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
     if wrong:
-        problems.append(f"shapes: {_listed(wrong, '; ')}")
+        problems.append(f"shapes: {listed(wrong, '; ')}")
     if problems:
         raise CheckpointError(
             f"{file}: does not fit {type(model).__name__} with its config; {'; '.join(problems)}"
@@ -347,7 +284,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _with_bert(name: str) -> str:
+def with_bert(name: str) -> str:
     return f"bert.{name}" if name.startswith(BODY) else name
 
 
@@ -413,11 +350,11 @@ def save(
         written.append((_temporary(directory, CONFIG), config))
         model.config.replace(extra=extra).save(written[-1][0])
         for temporary, _ in written:
-            _sync(temporary)
+            sync(temporary)
         if len(shards) > 1 or not _equal_files(written[-1][0], config):
             config.unlink(missing_ok=True)
             index.unlink(missing_ok=True)
-            _sync(directory)
+            sync(directory)
         *weight_files, (new_config, _) = written
         for temporary, final in weight_files:
             os.replace(temporary, final)
@@ -427,15 +364,15 @@ def save(
             ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)
             if ours and file.name not in kept:
                 file.unlink()
-        _sync(directory)
+        sync(directory)
         os.replace(new_config, config)
-        _sync(directory)
+        sync(directory)
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's names, are on disk."""
     if path.is_dir() and os.name != "posix":  # only there can a directory be opened
         return
@@ -486,17 +423,6 @@ def _bytes(size: int | str) -> int:
     match = re.fullmatch(r"([1-9]\d{0,11}) ?([KMG])B", str(size).upper())
     if match is None:
         raise ValueError(
-            f"max_shard_size: expected bytes >= 1, or a text like '200MB', got {_short(size)}"
+            f"max_shard_size: expected bytes >= 1, or a text like '200MB', got {short(size)}"
         )
     return int(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
-
-
-def _short(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _listed(items: Iterable[str], separator: str = ", ", limit: int = 12) -> str:
-    names = sorted(items)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return separator.join(names[:limit]) + more

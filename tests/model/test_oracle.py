@@ -323,7 +323,7 @@ def test_transformers_defaults_are_ours():
 def test_a_foreign_transformers_checkpoint_is_refused(tmp_path):
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9, n_positions=4)
     transformers.GPT2Model(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="model_type: expected 'bert', got str 'gpt2'"):
+    with pytest.raises(CheckpointError, match=r"model_type: expected one of bert, .*'gpt2': it"):
         bertfast.BertModel.from_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["model_type"] == "gpt2"

@@ -35,6 +35,7 @@ def test_importing_loads_nothing_optional_and_touches_no_gpu(tmp_path: Path) -> 
     )
     bare, full, gpu = loaded
     optional = {"transformers", "triton", "sentence_transformers", "pytest", "hypothesis"}
+    optional |= {"huggingface_hub", "tensorflow"}
     assert optional & set(bare) == set()
     assert optional & set(full) == set()
     # The bare import is instant: what is heavy comes with the first name that needs it.
