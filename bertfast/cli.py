@@ -15,6 +15,12 @@ from typing import Any, NoReturn
 from bertfast import __version__
 from bertfast.errors import BackendError
 
+# bertfast.convert knows their classes.
+HEADS = (
+    "auto", "encoder", "pretraining", "masked-lm", "next-sentence", "sequence-classification",
+    "token-classification", "question-answering", "multiple-choice",
+)  # fmt: skip
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -55,6 +61,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bertfast {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
     _add_demo(verbs)
+    _add_convert(verbs)
     _add_env(verbs)
     return parser
 
@@ -99,6 +106,66 @@ def _add_demo(verbs: Any) -> None:
     demo.set_defaults(run=_demo)
 
 
+def _add_convert(verbs: Any) -> None:
+    convert = verbs.add_parser(
+        "convert",
+        help="a TensorFlow, Hugging Face or hub checkpoint to a directory of bertfast's",
+        description="Read Google's TensorFlow checkpoints, Hugging Face directories and models of "
+        "the hub (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA) and write a Hugging Face directory: "
+        "config.json, model.safetensors and the tokenizer. TensorFlow is not needed.",
+    )
+    convert.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a directory, a TensorFlow checkpoint's prefix (.../bert_model.ckpt), or a hub id",
+    )
+    convert.add_argument("out", metavar="OUT", help="the directory to write, all of it or nothing")
+    convert.add_argument(
+        "--head",
+        choices=HEADS,
+        default="auto",
+        metavar="HEAD",
+        help=f"what to keep: one of {', '.join(HEADS[1:])}; auto (the default) is what the config "
+        "names or else the weights have",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights; as they are stored by default",
+    )
+    case = convert.add_mutually_exclusive_group()
+    case.add_argument(
+        "--cased",
+        action="store_false",
+        dest="lowercase",
+        default=None,
+        help="vocab.txt is of text in its own case; by default its words show it",
+    )
+    case.add_argument(
+        "--uncased",
+        action="store_true",
+        dest="lowercase",
+        default=None,
+        help="vocab.txt is of lower-cased text",
+    )
+    convert.add_argument(
+        "--hidden-act",
+        choices=("gelu", "gelu_new", "relu"),
+        help="in place of the config's: gelu is erf's, gelu_new tanh's approximation, which "
+        '"gelu" in Google\'s bert_config.json means',
+    )
+    convert.add_argument(
+        "--max-positions",
+        type=_integer(1, 10**6),
+        metavar="N",
+        help="keep the first N positions only",
+    )
+    convert.add_argument("--revision", help="branch, tag or commit on the hub")
+    convert.add_argument("--force", action="store_true", help="replace a checkpoint in OUT")
+    convert.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    convert.set_defaults(run=_convert)
+
+
 def _add_env(verbs: Any) -> None:
     env = verbs.add_parser(
         "env",
@@ -128,6 +195,28 @@ def _demo(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     run(settings, as_json=arguments.json)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from bertfast.convert import ConvertSettings, convert, render
+
+    settings = ConvertSettings(
+        source=arguments.source,
+        out=arguments.out,
+        head=arguments.head,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        lowercase=arguments.lowercase,
+        hidden_act=arguments.hidden_act,
+        max_positions=arguments.max_positions,
+        revision=arguments.revision,
+        force=arguments.force,
+    )
+    report = convert(settings)
+    for warning in report["warnings"]:
+        print(f"bertfast convert: warning: {warning}", file=sys.stderr)
+    print(json.dumps(report, indent=2) if arguments.json else render(report))
 
 
 def _env(arguments: argparse.Namespace) -> None:

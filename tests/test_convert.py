@@ -1,0 +1,323 @@
+"""``bertfast convert``: what it writes, what it chooses, what it refuses, and that nothing is half
+written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import bertfast
+from bertfast import convert as module
+from bertfast.cli import HEADS, main
+from bertfast.convert import CLASSES, ConvertSettings, choose_head, convert
+from bertfast.data import load_tokenizer, save_tokenizer, train_vocab
+from bertfast.errors import CheckpointError
+
+FILES = Path(__file__).parent / "model" / "tensorflow"
+CONFIG = {
+    "vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 12, "max_position_embeddings": 10,
+}  # fmt: skip
+
+
+def run(source, out, **options):
+    return convert(ConvertSettings(str(source), str(out), **options))
+
+
+def weights(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert all(a[name].equal(b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "left_out"),
+    [
+        ("pretraining", "BertForPreTraining", ["93 of the optimizer's variables"]),
+        ("sharded/bert_model.ckpt", "BertForPreTraining", []),
+        ("classifier", "BertForSequenceClassification", ["1 of the optimizer's variables"]),
+        ("squad", "BertForQuestionAnswering", ["bert.pooler"]),
+    ],
+)
+def test_tensorflow_checkpoints(name, cls, left_out, tmp_path):
+    report = run(FILES / name, tmp_path / "out")
+    assert (report["class"], report["left_out"], report["warnings"]) == (cls, left_out, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = getattr(bertfast, cls).from_pretrained(tmp_path / "out")
+    same(model, getattr(bertfast, cls).from_pretrained(FILES / name))
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["hidden_act"] == model.config.hidden_act == "gelu_new"
+    assert report["dtype"] == str(model.dtype).removeprefix("torch.")
+    there = {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
+    assert report["files"] == there
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_transformers_reads_what_is_written(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
+    run(FILES / "pretraining", tmp_path / "out")
+    ours = bertfast.BertForPreTraining.from_pretrained(tmp_path / "out")
+    theirs = transformers.BertForPreTraining.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("The quick fox", "runs.", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[2, 5, 12, 7, 3, 9, 17, 3]]
+    with torch.no_grad():
+        got, expected = ours(**inputs), theirs(**inputs)
+    torch.testing.assert_close(got.prediction_logits, expected.prediction_logits)
+    torch.testing.assert_close(got.seq_relationship_logits, expected.seq_relationship_logits)
+
+
+def test_options(tmp_path):
+    report = run(
+        FILES / "pretraining", tmp_path / "out", head="masked-lm", dtype=torch.bfloat16,
+        hidden_act="gelu", max_positions=4, lowercase=False,
+    )  # fmt: skip
+    assert report["left_out"][:2] == ["bert.pooler", "cls.seq_relationship"]
+    assert report["tokenizer"] == {"tokens": 24, "lowercase": False}
+    model = bertfast.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert (model.config.hidden_act, model.config.max_position_embeddings) == ("gelu", 4)
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (tokenizer["model_max_length"], tokenizer["do_lower_case"]) == (4, False)
+    assert load_tokenizer(tmp_path / "out").encode("The the").tokens[1:3] == ["[UNK]", "the"]
+
+
+def test_a_head_that_is_not_there_is_announced(tmp_path):
+    report = run(FILES / "squad", tmp_path / "out", head="sequence-classification")
+    (warning,) = report["warnings"]
+    assert "has no classifier, which BertForSequenceClassification draws anew" in warning
+    encoder = run(FILES / "squad", tmp_path / "encoder", head="encoder")
+    assert (encoder["class"], encoder["left_out"]) == ("BertModel", ["qa_outputs"])
+
+
+@pytest.mark.parametrize(
+    ("architectures", "parts", "head"),
+    [
+        (None, ["bert.pooler.", "cls.predictions.", "cls.seq_relationship."], "pretraining"),
+        (None, ["cls.predictions."], "masked-lm"),
+        (None, ["bert.pooler.", "cls.seq_relationship."], "next-sentence"),
+        (None, ["bert.pooler.", "classifier."], "sequence-classification"),
+        (None, ["classifier."], "token-classification"),
+        (None, ["qa_outputs."], "question-answering"),
+        (None, ["bert.pooler."], "encoder"),
+        (None, [], "encoder"),
+        (["BertForMultipleChoice"], ["bert.pooler.", "classifier."], "multiple-choice"),
+        (["BertForTokenClassification"], ["bert.pooler.", "classifier."], "token-classification"),
+        (["RobertaForSequenceClassification"], ["classifier."], "sequence-classification"),
+        (["BertForMaskedLM"], ["cls.predictions.", "cls.seq_relationship."], "masked-lm"),
+        (["ElectraForPreTraining"], [], "encoder"),
+        (["BertForQuestionAnswering"], ["cls.predictions."], "masked-lm"),
+        (["BertModel"], ["bert.pooler."], "encoder"),
+        ("BertForMaskedLM", ["bert.pooler."], "encoder"),
+        ([3, None, "(", "BertForMaskedLM"], ["cls.predictions."], "masked-lm"),
+    ],
+)
+def test_the_head_is_chosen(architectures, parts, head):
+    config = bertfast.BertConfig(extra={"architectures": architectures})
+    assert choose_head(config, {f"{part}weight" for part in parts}) == head
+
+
+def test_the_command_line_knows_the_heads():
+    assert set(HEADS) == {"auto", *CLASSES}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory of bertfast's own, with a tokenizer and what sentence-transformers puts there."""
+    directory = tmp_path / "saved"
+    bertfast.BertModel(bertfast.BertConfig(**CONFIG)).save_pretrained(directory)
+    tokenizer = train_vocab([["the quick brown fox jumps over the lazy dog"]], 60, min_frequency=1)
+    save_tokenizer(tokenizer, directory, max_length=512)
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text("{}")
+    (directory / "modules.json").write_text("[]")
+    (directory / "README.md").write_text("not copied")
+    return directory
+
+
+def test_a_hugging_face_directory_keeps_its_tokenizer(saved, tmp_path):
+    before = (saved / "tokenizer.json").read_text()
+    report = run(saved, tmp_path / "out", dtype=torch.float16)
+    assert set(report["files"]) == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+        "modules.json", "1_Pooling/config.json",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == before
+    # The position table has ten rows, so no text may have more tokens.
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 10
+    assert bertfast.BertModel.from_pretrained(tmp_path / "out").dtype == torch.float16
+
+
+def test_relatives_become_bert(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(**CONFIG, type_vocab_size=1)
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    report = run(tmp_path / "roberta", tmp_path / "out")
+    assert (report["class"], report["max_position_embeddings"]) == ("BertForMaskedLM", 8)
+    assert report["tokenizer"] is None
+    same(bertfast.BertForMaskedLM.from_pretrained(tmp_path / "out"),
+         bertfast.BertForMaskedLM.from_pretrained(tmp_path / "roberta"))  # fmt: skip
+
+
+def content(directory):
+    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_it_does_not_overwrite(saved, tmp_path):
+    source = FILES / "sharded"
+    before = content(saved)
+    with pytest.raises(ValueError, match=r"^out: expected a new or empty directory, .*--force re"):
+        run(source, saved)
+    assert content(saved) == before
+    assert run(source, saved, force=True)["files"].keys() == {"config.json", "model.safetensors"}
+    assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors"}
+    (tmp_path / "empty").mkdir()
+    run(source, tmp_path / "empty")
+    run(source, tmp_path / "new" / "sub")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "new", "saved"]
+
+
+def test_what_is_no_place_to_write_to(saved, tmp_path, monkeypatch):
+    home, file = tmp_path / "home", tmp_path / "file"
+    home.mkdir()
+    (home / "letter.txt").write_text("dear")
+    file.write_text("mine")
+    (tmp_path / "link").symlink_to(saved)
+    for out, message in (
+        (home, "expected a directory with a checkpoint to replace, got"),
+        (file, "which is a file"),
+        (tmp_path / "link", "which is a file"),
+        (saved, "expected another directory than the source's"),
+        (tmp_path, "expected another directory than the source's"),
+        (".", "expected the name of a new directory, got"),
+    ):
+        with pytest.raises(ValueError, match=f"^out: .*{message}"):
+            run(saved, out, force=True)
+    assert (home / "letter.txt").read_text() == "dear"
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "where", ["save_tokenizer", "sync", "_replace", "replace", "second replace"]
+)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there(where, error, saved, tmp_path, monkeypatch):
+    before, calls = content(saved), []
+    replace = os.replace
+
+    def fail(*arguments, **options):
+        raise error
+
+    def fail_later(source, target):
+        if Path(target) == saved:
+            calls.append(target)
+            if len(calls) == 1:
+                raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        if where == "second replace":
+            patch.setattr(module.os, "replace", fail_later)
+        else:
+            patch.setattr(module.os if where == "replace" else module, where, fail)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            run(FILES / "pretraining", saved, force=True)
+    assert content(saved) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_damaged_checkpoints_leave_nothing(tmp_path, capsys):
+    source = Path(shutil.copytree(FILES / "pretraining", tmp_path / "source"))
+    data = source / "bert_model.ckpt.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:-8] + bytes(8))  # global_step is not read
+    run(source, tmp_path / "fine")
+    data.write_bytes(bytes(len(data.read_bytes())))
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bertfast convert: {data}: expected bert/embeddings/word_embeddings")
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fine", "source"]
+
+
+def test_tokenizers_that_do_not_fit(saved, tmp_path):
+    source = Path(shutil.copytree(FILES / "pretraining", tmp_path / "source"))
+    vocab = source / "vocab.txt"
+    text = vocab.read_text()
+    vocab.write_text(text + "more\n")
+    with pytest.raises(
+        CheckpointError, match=r"expected a vocabulary of at most 24 tokens, .* got 25"
+    ):
+        run(source, tmp_path / "out")
+    vocab.write_text(text.replace("[MASK]", "[GAP]"))
+    with pytest.raises(ValueError, match=r"vocab\.txt: tokenizer: expected the special tokens"):
+        run(source, tmp_path / "out")
+    (saved / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizers file, got"):
+        run(saved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_does_not_contradict_the_tokenizer(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"^lowercase: expected True, which .* has, got False"):
+        run(saved, tmp_path / "out", lowercase=False)
+    run(saved, tmp_path / "out", lowercase=True)
+
+
+def test_the_command(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    arguments = ["convert", str(FILES / "squad"), out, "--head", "masked-lm", "--dtype", "float32"]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "bertfast convert: warning: " in captured.err
+    assert json.loads(captured.out)["dtype"] == "float32"
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("bertfast convert: out: expected a new or empty dir")
+    assert main([*arguments, "--force"]) == 0
+    assert f"-> {out}: BertForMaskedLM" in capsys.readouterr().out
+    cased = [
+        "convert",
+        str(FILES / "pretraining"),
+        out,
+        "--force",
+        "--cased",
+        "--max-positions",
+        "3",
+    ]
+    assert main([*cased, "--hidden-act", "gelu"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokenizer: 24 tokens, keeps case" in printed
+    assert "float32, gelu, 3 positions" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/place", "out"], "path: expected a directory, the prefix of a TensorFlow check"),
+        ([str(FILES / "other" / "resnet.ckpt"), "out"], "expected the variables of Google's BERT"),
+        ([str(FILES / "sharded"), "out", "--max-positions", "99"], "max_position_embeddings of at"),
+        ([str(FILES / "sharded"), "out", "--head", "poet"], "argument --head: invalid choice"),
+        ([str(FILES / "sharded"), "out", "--dtype", "int8"], "argument --dtype: invalid choice"),
+        ([str(FILES / "sharded"), "out", "--cased", "--uncased"], "not allowed with argument"),
+        ([str(FILES / "sharded")], "the following arguments are required: OUT"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
