@@ -95,4 +95,4 @@ def _cached(hub: Any, repo_id: str, revision: str | None) -> Path | None:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -145,13 +145,14 @@ def _prefix(directory: Path) -> Path:
         there = sorted(entry.name for entry in directory.iterdir())
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be listed ({error})") from error
-    found = [name.removesuffix(".index") for name in there if name.endswith(".index")]
+    indices = [name for name in there if name.endswith(".index") and (directory / name).is_file()]
+    found = [name.removesuffix(".index") for name in indices]
     if not found:
         raise CheckpointError(
             f"{directory}: expected one of {', '.join(WEIGHT_FILES)}, or a TensorFlow checkpoint "
             f"(*.index), got {listed(there) or 'nothing'}"
         )
-    if len(found) > 1 and LATEST in there:
+    if len(found) > 1 and (directory / LATEST).is_file():
         with open(directory / LATEST, "rb") as opened:
             note = opened.read(2**16).decode("utf-8", "replace")
         # It may be the path on the machine it was trained on.
@@ -176,24 +177,22 @@ def _open_tensorflow(prefix: Path, config: BertConfig | None) -> Source:
         )
     # An optimizer's slots are called as the variable they belong to and something more; its
     # counters are scalars, which no weight is.
-    weights = {
-        google_name(name): name
-        for name, variable in variables.items()
-        if variable.shape and name.rpartition("/")[0] not in variables
-    }
-    tensors = {}
-    for name, stored in weights.items():
-        variable = variables[stored]
-        if variable.dtype is None or variable.partitioned:
-            checkpoint.read(stored)  # says what is wrong with it
-        assert variable.dtype is not None
-        tensors[name] = torch.empty(variable.shape, dtype=variable.dtype, device="meta")
-        if stored.endswith("/kernel"):
-            tensors[name] = tensors[name].T
+    weights: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for stored, variable in variables.items():
+        if not variable.shape or stored.rpartition("/")[0] in variables:
+            continue
+        name = google_name(stored)
+        if name in weights:
+            raise CheckpointError(
+                f"{checkpoint.index}: expected one {name}, got {weights[name]} and {stored}"
+            )
+        shape, dtype = checkpoint.layout(stored)
+        weights[name] = stored
+        tensors[name] = _turned(stored, torch.empty(shape, dtype=dtype, device="meta"))
 
     def read(name: str) -> Tensor:
-        value = checkpoint.read(weights[name])
-        return value.T if weights[name].endswith("/kernel") else value
+        return _turned(weights[name], checkpoint.read(weights[name]))
 
     if config is None:
         config = _google_config(prefix)
@@ -202,6 +201,11 @@ def _open_tensorflow(prefix: Path, config: BertConfig | None) -> Source:
             config = config.replace(num_labels=classifier.shape[0])
     others = len(variables) - len(tensors)
     return Source(checkpoint.index, BERT, config, tensors, read, others)
+
+
+def _turned(variable: str, value: Tensor) -> Tensor:
+    """A dense layer's kernel is (in, out), and its weight here (out, in)."""
+    return value.T if variable.endswith("/kernel") and value.dim() == 2 else value
 
 
 def _google_config(prefix: Path) -> BertConfig:

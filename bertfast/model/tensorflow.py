@@ -65,7 +65,7 @@ class Checkpoint:
 
     def __init__(self, prefix: Path) -> None:
         self.index = prefix.with_name(f"{prefix.name}.index")
-        entries = _read_table(self.index)
+        entries = read_table(self.index)
         key, header = next(entries, (b"", b""))
         if key or not header:
             raise _damaged(self.index, "a header under the empty key")
@@ -80,13 +80,26 @@ class Checkpoint:
                 self._check_range(name, variable, sizes)
                 self.variables[name] = variable
 
+    def layout(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """A variable's shape and dtype. Raises CheckpointError for what :meth:`read` cannot read:
+        no floats, nothing at all, or a variable in several parts."""
+        variable = self.variables[name]
+        if variable.partitioned:
+            raise CheckpointError(f"{self.index}: expected {name} in one piece, got partitions")
+        if variable.dtype is None:
+            dtypes = ", ".join(map(str, DTYPES.values()))
+            raise CheckpointError(f"{self.index}: expected {name} in one of {dtypes}, got another")
+        if 0 in variable.shape:
+            raise CheckpointError(
+                f"{self.index}: expected {name} with values, got the shape {variable.shape}"
+            )
+        return variable.shape, variable.dtype
+
     def read(self, name: str) -> Tensor:
         """A variable's value, on the CPU. Raises CheckpointError if its CRC is another one."""
+        shape, dtype = self.layout(name)
         variable, file = self.variables[name], self.shards[self.variables[name].shard]
-        if variable.dtype is None or variable.partitioned:
-            kind = "in one piece" if variable.partitioned else f"in one of {_dtype_names()}"
-            raise CheckpointError(f"{self.index}: expected {name} {kind}")
-        value = torch.empty(variable.shape, dtype=variable.dtype)
+        value = torch.empty(shape, dtype=dtype)
         data: Any = value.reshape(-1).view(torch.uint8).numpy()
         try:
             with open(file, "rb", buffering=0) as opened:
@@ -169,10 +182,6 @@ def is_table(file: Path) -> bool:
         return False
 
 
-def _dtype_names() -> str:
-    return ", ".join(map(str, DTYPES.values()))
-
-
 def _damaged(file: Path, expected: str, got: str = "something else") -> CheckpointError:
     return CheckpointError(f"{file}: expected {expected}, got {got}: the file is damaged")
 
@@ -187,7 +196,7 @@ def _text(file: Path, name: bytes) -> str:
     return text
 
 
-def _read_table(file: Path) -> Iterator[tuple[bytes, bytes]]:
+def read_table(file: Path) -> Iterator[tuple[bytes, bytes]]:
     """The keys and values of a table, in order."""
     try:
         with open(file, "rb") as opened:

@@ -23,7 +23,7 @@ import tensorflow as tf
 from tables import table
 from tensorflow_values import CONFIG, VOCAB, body, heads, values
 
-from bertfast.model.tensorflow import _read_table
+from bertfast.model.tensorflow import read_table
 
 v1 = tf.compat.v1
 HERE = Path(__file__).resolve().parent / "tensorflow"
@@ -87,7 +87,7 @@ def save_partitioned(prefix: str, shapes) -> None:
 def compress_index(source: Path, target: Path) -> None:
     """Compress every block of an index. Its entries are those that bertfast reads in it; that they
     are TensorFlow's own is seen when TensorFlow reads the result."""
-    entries = list(_read_table(source))
+    entries = list(read_table(source))
     middle = len(entries) // 2
     blocks = [entries[:middle], entries[middle:]]
     target.write_bytes(table(blocks, lambda data: bytes(cramjam.snappy.compress_raw(data))))

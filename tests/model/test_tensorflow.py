@@ -248,6 +248,10 @@ def test_the_latest_of_several(pretraining):
         latest.write_text(f'model_checkpoint_path: "{note}"')
         with pytest.raises(CheckpointError, match="expected one TensorFlow checkpoint, got"):
             load(pretraining)
+    latest.unlink()
+    latest.mkdir()
+    with pytest.raises(CheckpointError, match="expected one TensorFlow checkpoint, got"):
+        load(pretraining)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_other_checkpoints_are_named(name, message):
 def rebuild(directory, change):
     """Write the index anew with changed entries, all CRCs in order."""
     file = directory / "bert_model.ckpt.index"
-    entries = dict(tensorflow._read_table(file))
+    entries = dict(tensorflow.read_table(file))
     change(entries)
     file.write_bytes(tables.table([sorted(entries.items())]))
 
@@ -310,7 +314,8 @@ WORDS = b"bert/embeddings/word_embeddings"
         (entry(shape=(24, 8, 1)), r"shapes: .*word_embeddings\.weight is \(24, 8, 1\) where"),
         (entry(shape=(192,)), r"word_embeddings\.weight is \(192,\) where the config"),
         (entry(shape=(8, 24)), r"word_embeddings\.weight is \(8, 24\) where the config"),
-        (entry(shape=(0, 8), size=0), r"word_embeddings\.weight is \(0, 8\) where the config"),
+        (entry(shape=(0, 8), size=0), r"expected bert/embeddings/word_embeddings with values, got"),
+        (entry(shape=(0, 2**62, 2**62), size=0), "word_embeddings with values, got the shape"),
         (entry(dtype=2), "expected 1536 bytes for bert/embeddings/word_embeddings"),
         (entry(dtype=3), "expected bert/embeddings/word_embeddings in one of torch.float32, "),
         (entry(dtype=99), "expected bert/embeddings/word_embeddings in one of torch.float32, "),
@@ -352,6 +357,12 @@ HEADER = b"\x08\x01\x1a\x02\x08\x01"
         (lambda e: e.update({b"bert/x\n": entry()}), "expected names of variables"),
         (lambda e: e.update({b"bert/encoder/x/kernel": entry()}),
          "unexpected: bert.encoder.x.weight"),
+        (lambda e: e.update({b"bert/pooler/dense/gamma": entry(shape=(8, 8), size=256)}),
+         "expected one bert.pooler.dense.weight, got bert/pooler/dense/gamma and bert/pooler/dens"),
+        (lambda e: e.update({b"bert/pooler/dense/kernel": entry(shape=(2, 4, 8), size=256)}),
+         "shapes: bert.pooler.dense.weight is (2, 4, 8) where the config makes it (8, 8)"),
+        (lambda e: e.update({b"bert/pooler/dense/kernel": entry(shape=(64,), size=256)}),
+         "shapes: bert.pooler.dense.weight is (64,) where the config makes it (8, 8)"),
         (lambda e: e.pop(WORDS), "missing: bert.embeddings.word_embeddings.weight"),
     ],
 )  # fmt: skip
@@ -475,7 +486,7 @@ def test_damaged_files(name, pretraining):
 def test_damaged_blocks_with_sound_crcs(pretraining):
     """What a stranger wrote on purpose: anything in a block, and its CRC."""
     file = pretraining / "bert_model.ckpt.index"
-    entries = list(tensorflow._read_table(file))[::3]
+    entries = list(tensorflow.read_table(file))[::3]
     plain = tables.block(entries)
 
     @SETTINGS
@@ -544,6 +555,50 @@ def test_an_index_that_unpacks_to_much_more(pretraining):
         CheckpointError, match="expected an index of at most 16777216 bytes unpacked"
     ):
         load(pretraining)
+
+
+def raw(*entries):
+    """A block of (shared, key, value) as they are."""
+    out = b""
+    for shared, key, value in entries:
+        out += bytes([shared, len(key), len(value)]) + key + value
+    return out + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (raw((0, b"", HEADER), (0, b"b", b""), (0, b"a", b"")), "expected keys in order, got b'a'"),
+        (raw((0, b"", HEADER), (0, b"b", b""), (1, b"", b"")), "expected keys in order, got b'b'"),
+        (
+            raw((0, b"", HEADER), (1, b"a", b"")),
+            "expected entries within their block, got 1, 1, 0 ",
+        ),
+        (
+            raw((0, b"", HEADER))[:-5] + bytes(4),
+            "expected entries within their block, got 0, 0, 6 b",
+        ),
+        (
+            raw((0, b"", HEADER))[:-4] + b"\5\0\0\0",
+            "expected a block with 5 restarts, got 13 bytes",
+        ),
+        (b"\0\0\0", "expected a block of 4 bytes or more, got 3"),
+    ],
+)
+def test_malformed_blocks(content, message, pretraining):
+    (pretraining / "bert_model.ckpt.index").write_bytes(one_block(content))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        bertfast.BertModel.from_pretrained(pretraining)
+
+
+def test_a_block_beyond_the_file(pretraining):
+    for place in (0, 10, 2**63):
+        index = tables.block([(b"z", tables.varint(place) + tables.varint(2**40))])
+        (pretraining / "bert_model.ckpt.index").write_bytes(one_block(raw((0, b"", HEADER)), index))
+        with pytest.raises(
+            CheckpointError, match=r"expected blocks within its \d+ bytes, got one th"
+        ):
+            bertfast.BertModel.from_pretrained(pretraining)
 
 
 def one_block(content, index=None):
