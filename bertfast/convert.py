@@ -21,7 +21,7 @@ from bertfast.model.base import BertPreTrainedModel
 from bertfast.model.bert import BertModel
 from bertfast.model.checkpoint import parts_of, sync, with_bert
 from bertfast.model.config import BertConfig, read_json
-from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, possible_names
+from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names, possible_names
 from bertfast.model.hub import COMPANIONS
 from bertfast.model.sources import CONFIG, Source, locate, open_source
 
@@ -71,7 +71,8 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
     cls, _ = CLASSES[head]
     options: dict[str, Any] = {}
     if cls is BertModel:
-        options["add_pooling_layer"] = POOLER in parts_of(stored)
+        names = bert_names(source.file, source.family, source.tensors, {POOLER}).values()
+        options["add_pooling_layer"] = POOLER in parts_of(with_bert(n) for n in names if n)
     if settings.hidden_act is not None:
         options["hidden_act"] = settings.hidden_act
     if settings.max_positions is not None:
@@ -99,7 +100,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
             "left_out": _left_out(source, stored, model),
             "tokenizer": tokenizer,
-            "warnings": [str(warning.message) for warning in caught],
+            "warnings": [str(w.message) for w in caught if w.category is UserWarning],
             "files": {
                 str(file.relative_to(temporary)): file.stat().st_size
                 for file in sorted(temporary.rglob("*"))

@@ -172,6 +172,18 @@ def test_relatives_become_bert(tmp_path):
          bertfast.BertForMaskedLM.from_pretrained(tmp_path / "roberta"))  # fmt: skip
 
 
+def test_the_encoder_of_a_relative_s_classifier(tmp_path):
+    """Its dense layer is no pooler of the encoder's."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(**CONFIG, type_vocab_size=1)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    assert run(tmp_path / "roberta", tmp_path / "out")["class"] == "BertForSequenceClassification"
+    report = run(tmp_path / "roberta", tmp_path / "encoder", head="encoder")
+    assert report["warnings"] == []
+    model = bertfast.BertModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False)
+    same(model, bertfast.BertModel.from_pretrained(tmp_path / "roberta", add_pooling_layer=False))
+
+
 def content(directory):
     return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
