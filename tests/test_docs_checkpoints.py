@@ -4,21 +4,17 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+from bertfast.cli import main
 from bertfast.model.families import FAMILIES, UNLIKE
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 NAMES = {"roberta": "RoBERTa", "xlm-roberta": "XLM-R", "distilbert": "DistilBERT"}
-
-
-def _python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.fixture
@@ -32,20 +28,27 @@ def _without_sizes(text: str) -> str:
     return re.sub(r": [\d,]+ bytes$", ": N bytes", text, flags=re.MULTILINE)
 
 
-def test_the_commands(directory):
+def test_the_commands(directory, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
     blocks = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
     commands = re.findall(r"^\$ bertfast (.+)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE)
     assert len(commands) == 4
     for command, expected in commands:
-        done = _python("-W", "error", "-m", "bertfast", *shlex.split(command), cwd=directory)
-        assert _without_sizes(done.stdout + done.stderr) == _without_sizes(expected), command
-        assert done.returncode == (2 if expected.startswith("bertfast convert: ") else 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            code = main(shlex.split(command))
+        printed = capsys.readouterr()
+        assert _without_sizes(printed.out + printed.err) == _without_sizes(expected), command
+        assert code == (2 if expected.startswith("bertfast convert: ") else 0)
     assert sorted(p.name for p in directory.iterdir()) == ["tests", "tiny-bert"]
 
 
 def test_the_code(directory):
     ((code, expected),) = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
-    done = _python("-W", "error", "-c", code, cwd=directory)
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", code], cwd=directory, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
     assert done.stdout == expected, done.stderr
 
 

@@ -439,22 +439,22 @@ def test_missing_and_shortened_files(pretraining):
         load(pretraining)
 
 
-def test_every_bit_of_the_index_counts_or_does_not_matter(pretraining):
-    """The 4.5 kB of the index, byte by byte: the same variables, or an error."""
-    file = pretraining / "bert_model.ckpt.index"
-    data = file.read_bytes()
-    whole = Checkpoint(pretraining / "bert_model.ckpt").variables
+def test_any_byte_of_the_index_counts_or_does_not_matter(tmp_path):
+    """One bit of every third of its 1,840 bytes: the same variables, or an error."""
+    directory = Path(shutil.copytree(FILES / "sharded", tmp_path / "sharded"))
+    file, prefix = directory / "bert_model.ckpt.index", directory / "bert_model.ckpt"
+    data, whole = file.read_bytes(), Checkpoint(prefix).variables
     unseen = 0
-    for place in range(len(data)):
+    for place in range(0, len(data), 3):
         file.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
         try:
-            found = Checkpoint(pretraining / "bert_model.ckpt").variables
+            found = Checkpoint(prefix).variables
         except CheckpointError:
             continue
         assert found == whole
         unseen += 1
     # The block of filters is not read, nor what fills the footer up.
-    assert unseen < 60
+    assert unseen < 20
 
 
 def outcome(directory):
