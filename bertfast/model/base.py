@@ -40,6 +40,7 @@ class BertPreTrainedModel(nn.Module):
         config: BertConfig | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        fresh_heads: bool = True,
         **options: Any,
     ) -> Model:
         """Load a model in evaluation mode; see :func:`bertfast.model.checkpoint.load`.
@@ -49,6 +50,7 @@ class BertPreTrainedModel(nn.Module):
             config: instead of the directory's ``config.json``.
             dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
             device: where the parameters go; None is the CPU.
+            fresh_heads: False makes it an error when the checkpoint does not have the head.
             options: config fields to override (``num_labels=3``), and the class's own arguments
                 (``add_pooling_layer=False``).
 
@@ -59,7 +61,13 @@ class BertPreTrainedModel(nn.Module):
         from bertfast.model import checkpoint
 
         return checkpoint.load(
-            cls, path, config=config, dtype=dtype, device=device, options=options
+            cls,
+            path,
+            config=config,
+            dtype=dtype,
+            device=device,
+            options=options,
+            fresh_heads=fresh_heads,
         )
 
     def save_pretrained(

@@ -56,6 +56,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     options: dict[str, Any] | None = None,
+    fresh_heads: bool = True,
 ) -> Model:
     """Build ``cls`` with the weights in the directory ``path``, in evaluation mode.
 
@@ -70,6 +71,8 @@ def load(
         dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
         device: where the parameters go; None is the CPU.
         options: config fields to override, and ``cls``'s own arguments.
+        fresh_heads: a head that the checkpoint does not have is drawn anew; False makes it an
+            error, as for predictions it is one.
 
     Raises:
         CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
@@ -95,6 +98,11 @@ def load(
     file, stored = read_weights(directory)
     weights = _canonical(file, stored)
     fresh = _match(file, model, weights)
+    if fresh and not fresh_heads:
+        raise CheckpointError(
+            f"{file}: expected the weights of a trained {cls.__name__}, "
+            f"got none for {', '.join(part.rstrip('.') for part in fresh)}"
+        )
     if dtype is None:
         dtypes = {weight.dtype for weight in weights.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
-from bertfast.data.vocab import special_ids
+from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-
-MASK = "[MASK]"
+from bertfast.tasks.batches import MASK, token_ids
+from bertfast.tasks.task import Done, Task, check_count
 
 
 class Filled(NamedTuple):
@@ -22,26 +23,18 @@ class Filled(NamedTuple):
     text: str
 
 
-class FillMask:
+class FillMask(Task[str, list[list[Filled]]]):
     """``FillMask(model, tokenizer)("Paris is the [MASK] of France.")``.
 
-    ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; it is called in eval mode, without
-    gradients, and left in the mode it was in. ``tokenizer``: a ``tokenizers.Tokenizer`` with BERT's
-    special tokens (see ``load_tokenizer``); padding that it adds is left out.
-
-    Raises TypeError for another model, ValueError for a tokenizer without BERT's special tokens.
+    ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; the head runs at the masks only.
+    Other arguments as in :class:`~bertfast.tasks.task.Task`. A text longer than the model reads is
+    cut to windows, and each [MASK] is filled where it sees most of the text around it; with
+    ``long="truncate"`` masks behind the cut are an error.
     """
 
-    def __init__(self, model: BertForMaskedLM | BertForPreTraining, tokenizer: Tokenizer) -> None:
-        # Inside torch.compile's wrapper is the model itself.
-        if not isinstance(getattr(model, "_orig_mod", model), BertForMaskedLM | BertForPreTraining):
-            raise TypeError(
-                "model: expected a BertForMaskedLM or BertForPreTraining, "
-                f"got {type(model).__name__}"
-            )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.mask_id = special_ids(tokenizer)[MASK]
+    models = (BertForMaskedLM, BertForPreTraining)
+    default_long = "window"
+    with_offsets = True
 
     def __call__(self, text: str, top_k: int = 5) -> list[Filled] | list[list[Filled]]:
         """The ``top_k`` most probable tokens for the [MASK] in ``text``, best first.
@@ -59,59 +52,88 @@ class FillMask:
         to the word before it.
 
         Raises TypeError for anything but a string, or a ``top_k`` that is no integer; ValueError
-        for a text without [MASK], one longer than the model's positions, or a ``top_k`` outside
-        1..vocabulary.
+        for a text without [MASK], or a ``top_k`` outside 1..vocabulary.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text: expected a string, got {type(text).__name__}")
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
-        encoding = self.tokenizer.encode(text)
-        # Padding that the tokenizer adds is cut off and not only masked: on the left it would
-        # shift the positions.
-        kept = [i for i, attended in enumerate(encoding.attention_mask) if attended]
-        ids = [encoding.ids[i] for i in kept]
-        type_ids = [encoding.type_ids[i] for i in kept]
-        places = [i for i, id in enumerate(ids) if id == self.mask_id]
-        if not places:
-            raise ValueError(f"text: expected at least one {MASK}, got {text[:80]!r}")
-        config: Any = self.model.config
-        if len(ids) > config.max_position_embeddings:
-            raise ValueError(
-                f"text: expected at most {config.max_position_embeddings} tokens, got {len(ids)}"
-            )
-        if not 1 <= top_k <= config.vocab_size:
-            raise ValueError(
-                f"top_k: expected 1 to {config.vocab_size} (the vocabulary), got {top_k}"
-            )
-        probabilities = self._logits(ids, type_ids)[places].float().softmax(-1)
-        filled = []
-        for place, row in zip(places, probabilities, strict=True):
-            scores, best = row.topk(top_k)
-            tokens = [self.tokenizer.id_to_token(id) or "" for id in best.tolist()]
-            start, end = encoding.offsets[kept[place]]
-            filled.append(
-                [
-                    Filled(token, score, _put(text, start, end, token))
-                    for token, score in zip(tokens, scores.tolist(), strict=True)
-                ]
-            )
-        return filled
+        return self._one(text, top_k=self._checked_top_k(top_k))
 
-    @torch.no_grad()
-    def _logits(self, ids: list[int], type_ids: list[int]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
-        training = self.model.training
-        self.model.eval()
-        try:
-            out = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                token_type_ids=torch.tensor([type_ids], device=device),
-            )
-        finally:
-            self.model.train(training)
-        logits = out.prediction_logits if hasattr(out, "prediction_logits") else out.logits
-        return logits[0]
+    def many(
+        self, texts: Sequence[str], top_k: int = 5, *, progress: bool = False
+    ) -> list[list[list[Filled]]]:
+        """:meth:`candidates` of each text, in their order.
+
+        Raises as ``candidates`` does, with :class:`~bertfast.errors.InputError`, a ValueError, for
+        a text.
+        """
+        return self._many(texts, progress, top_k=self._checked_top_k(top_k))
+
+    def _checked_top_k(self, top_k: int) -> int:
+        return check_count("top_k", top_k, self._module.config.vocab_size, "the vocabulary")
+
+    def _results(
+        self, texts: Sequence[str], done: Done, /, **options: Any
+    ) -> list[list[list[Filled]]]:
+        encodings = self._encode(texts)
+        ids = token_ids(encodings)
+        rows = self._rows(ids)
+        # For each row, the masks that it fills: places in its text.
+        filled_by: list[list[int]] = [[] for _ in rows]
+        rows_of: list[list[int]] = [[] for _ in texts]
+        for i, row in enumerate(rows):
+            rows_of[row.owner].append(i)
+        places = [(text == self.mask_id).nonzero()[0].tolist() for text in ids]
+        for owner, masks in enumerate(places):
+            if not masks:
+                shown = texts[owner][:80]
+                raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
+            for mask in masks:
+                total = len(ids[owner])
+                best = max(rows_of[owner], key=lambda i: rows[i].context(mask, mask, total))
+                if rows[best].context(mask, mask, total) < 0:
+                    raise InputError(
+                        owner,
+                        f"text: expected every {MASK} among the first {rows[best].size} tokens, "
+                        f"got one at {mask} (long='window' reads on)",
+                    )
+                filled_by[best].append(mask)
+
+        def read(inputs: dict[str, Any], batch: Sequence[int]) -> list[Any]:
+            counts = [len(filled_by[i]) for i in batch]
+            wanted = [
+                start + rows[i].start + mask - rows[i].first
+                for i, start in zip(batch, inputs["cu_seqlens"].tolist(), strict=False)
+                for mask in filled_by[i]
+            ]
+            scores, best = self._best(inputs, wanted, options["top_k"])
+            return list(zip(scores.split(counts), best.split(counts), strict=True))
+
+        found = self._run(rows, read, done)
+        results: list[list[list[Filled]]] = [[[] for _ in masks] for masks in places]
+        for row, masks, (scores, best) in zip(rows, filled_by, found, strict=True):
+            for mask, score, token in zip(masks, scores.tolist(), best.tolist(), strict=True):
+                owner = row.owner
+                candidates = self._filled(texts[owner], encodings[owner], mask, token, score)
+                results[owner][places[owner].index(mask)] = candidates
+        return results
+
+    def _best(
+        self, inputs: dict[str, Any], places: list[int], top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The probabilities and ids of the best tokens at packed ``places``, ``(masks, top_k)``."""
+        hidden = self._module.bert(**inputs).last_hidden_state
+        hidden = hidden[torch.tensor(places, dtype=torch.int64, device=hidden.device)]
+        logits = self._module.cls.predictions(hidden)
+        scores, best = logits.float().softmax(-1).topk(top_k)
+        return scores.cpu(), best.cpu()
+
+    def _filled(
+        self, text: str, encoding: Encoding, mask: int, ids: list[int], scores: list[float]
+    ) -> list[Filled]:
+        start, end = encoding.offsets[mask]
+        tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
+        return [
+            Filled(token, score, _put(text, start, end, token))
+            for token, score in zip(tokens, scores, strict=True)
+        ]
 
 
 def _put(text: str, start: int, end: int, token: str) -> str:
