@@ -304,9 +304,11 @@ def _answer(arguments: argparse.Namespace) -> None:
         }
 
     def as_lines(found: Any) -> Iterable[str]:
+        candidates = found.candidates
         if found.best is None:
             yield f"  {found.no_answer:.4f}  no answer"
-        for best in found.candidates:
+            candidates = candidates[: arguments.top_k - 1]
+        for best in candidates:
             yield f"  {best.score:.4f}  {best.start}-{best.end}  {' '.join(best.text.split())}"
 
     arguments.may_be_unanswerable = arguments.no_answer

@@ -166,8 +166,11 @@ def test_options_reach_the_task(model, capsys, tmp_path) -> None:
 
     options = ["--no-answer", "--null-threshold", "-1000", "--max-answer-length", "1"]
     asked = ["answer", "--model", model("answer"), "what", "Names refer.", *options]
-    assert main(asked) == 0
-    assert "no answer" in capsys.readouterr().out
+    for count in (1, 2):
+        assert main([*asked, "--top-k", str(count)]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert len(out) == 1 + count  # the question, no answer, and the other candidates
+        assert out[1].endswith("  no answer")
     assert main([*asked, "--json", "--top-k", "9"]) == 0
     (found,) = lines(capsys)
     assert found["answer"] is None
