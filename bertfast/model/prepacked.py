@@ -28,8 +28,9 @@ class PrepackedLinear(TorchFunctionMode):
 
     What it does not take goes where it would go without it: other dtypes, other devices, grad mode,
     autocast. A weight is packed at its first product, kept as long as the weight lives, and packed
-    again after it was written to. Holds in the thread that entered it; one instance may be entered
-    again and again, which is what keeps the packed weights.
+    again after it was written to (but torch does not say so of what is written through ``.data``).
+    Holds in the thread that entered it; one instance may be entered again and again, which is what
+    keeps the packed weights.
     """
 
     def __init__(self) -> None:

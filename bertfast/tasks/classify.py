@@ -38,8 +38,8 @@ class Classify(Task[Texts, Tensor]):
 
     ``model``: a ``BertForSequenceClassification``. With one output it scores: pairs, for a
     cross-encoder. Other arguments as in :class:`~bertfast.tasks.task.Task`. ``long="window"``
-    averages the logits of a long text's windows; of a pair, the second text is cut and the first is
-    kept to half of a row.
+    averages the logits of a long text's windows; of a pair that is too long, the second text is cut
+    to windows beside the first one, of which at most half a row is kept.
 
     Args:
         function: from logits to scores: ``"softmax"`` for one class of several, ``"sigmoid"`` for
@@ -119,7 +119,7 @@ class Classify(Task[Texts, Tensor]):
         if len(texts) == 2 and self.long == "truncate":
             return [self._pair_row(owner, *texts)]
         room = self.max_length - (self.template.single, self.template.pair)[len(texts) - 1]
-        kept = [ids[: room // 2] for ids in texts[:-1]]
+        kept = [ids[: max(room // 2, room - len(texts[-1]))] for ids in texts[:-1]]
         room -= sum(map(len, kept))
         return [
             self.template.row(owner, [*kept, texts[-1][first:end]], first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from tokenizers import Encoding
 
 from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-from bertfast.tasks.batches import MASK, token_ids
+from bertfast.tasks.batches import MASK, Row, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
 
@@ -74,27 +74,20 @@ class FillMask(Task[str, list[list[Filled]]]):
     ) -> list[list[list[Filled]]]:
         encodings = self._encode(texts)
         ids = token_ids(encodings)
-        rows = self._rows(ids)
-        # For each row, the masks that it fills: places in its text.
-        filled_by: list[list[int]] = [[] for _ in rows]
-        rows_of: list[list[int]] = [[] for _ in texts]
-        for i, row in enumerate(rows):
-            rows_of[row.owner].append(i)
         places = [(text == self.mask_id).nonzero()[0].tolist() for text in ids]
+        rows_of: list[list[Row]] = [[] for _ in texts]
+        for row in self._rows(ids):
+            rows_of[row.owner].append(row)
+        # Rows without a mask to fill are not computed.
+        rows: list[Row] = []
+        filled_by: list[list[int]] = []
         for owner, masks in enumerate(places):
             if not masks:
                 shown = texts[owner][:80]
                 raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
-            for mask in masks:
-                total = len(ids[owner])
-                best = max(rows_of[owner], key=lambda i: rows[i].context(mask, mask, total))
-                if rows[best].context(mask, mask, total) < 0:
-                    raise InputError(
-                        owner,
-                        f"text: expected every {MASK} among the first {rows[best].size} tokens, "
-                        f"got one at {mask} (long='window' reads on)",
-                    )
-                filled_by[best].append(mask)
+            for row, filled in _share(masks, rows_of[owner], len(ids[owner])):
+                rows.append(row)
+                filled_by.append(filled)
 
         def read(inputs: dict[str, Any], batch: Sequence[int]) -> list[Any]:
             counts = [len(filled_by[i]) for i in batch]
@@ -134,6 +127,27 @@ class FillMask(Task[str, list[list[Filled]]]):
             Filled(token, score, _put(text, start, end, token))
             for token, score in zip(tokens, scores, strict=True)
         ]
+
+
+def _share(
+    masks: Sequence[int], rows: Sequence[Row], total: int
+) -> Iterator[tuple[Row, list[int]]]:
+    """Of a text's rows those that fill masks, and which: each row those that it sees most around.
+
+    Raises InputError for a mask that no row holds.
+    """
+    shares: list[list[int]] = [[] for _ in rows]
+    for mask in masks:
+        contexts = [row.context(mask, mask, total) for row in rows]
+        best = max(range(len(rows)), key=contexts.__getitem__)
+        if contexts[best] < 0:
+            raise InputError(
+                rows[best].owner,
+                f"text: expected every {MASK} among the first {rows[best].size} tokens, "
+                f"got one at {mask} (long='window' reads on)",
+            )
+        shares[best].append(mask)
+    return ((row, share) for row, share in zip(rows, shares, strict=True) if share)
 
 
 def _put(text: str, start: int, end: int, token: str) -> str:

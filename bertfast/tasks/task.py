@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -39,7 +39,8 @@ class Task(Generic[Input, Result]):
 
     Args:
         model: one of the classes the task names; called in eval mode, without gradients, and left
-            in the mode it was in. On the CPU its weights are packed a second time, for speed.
+            in the mode it was in. On the CPU, the weights of a model in eval mode are packed once
+            more, for speed.
         tokenizer: a ``tokenizers.Tokenizer`` with BERT's special tokens (see ``load_tokenizer``).
             It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
@@ -212,14 +213,12 @@ class Task(Generic[Input, Result]):
         training = self.model.training
         if training:
             self.model.eval()
+        # A compiled graph would have the packed weights baked in, and those of a model in training
+        # are about to change.
+        pack = self.model is self._module and not training
         try:
-            with torch.no_grad():
-                # A compiled graph would have the packed weights baked in.
-                if self.model is self._module:
-                    with self._prepacked:
-                        yield
-                else:
-                    yield
+            with torch.no_grad(), self._prepacked if pack else nullcontext():
+                yield
         finally:
             if training:
                 self.model.train()

@@ -216,6 +216,16 @@ def test_the_same_names_of_another_head_are_refused(task, stored, message, make_
         task.from_pretrained(make_model(stored, num_labels=1))
 
 
+def test_a_model_in_training_is_not_packed(make_model, tiny_tokenizer) -> None:
+    model = bertfast.BertModel.from_pretrained(make_model("BertModel")).train()
+    embed = Embed(model, tiny_tokenizer)
+    before = embed("Some text.")
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.data.mul_(2)  # which torch does not tell of
+    assert not torch.allclose(before, embed("Some text."))
+    assert len(embed._prepacked._packed) == 0
+
+
 def test_a_written_weight_is_packed_again(make_model, tiny_tokenizer) -> None:
     model = bertfast.BertModel.from_pretrained(make_model("BertModel"))
     embed = Embed(model, tiny_tokenizer)

@@ -68,6 +68,9 @@ def test_windows_average_their_logits(make_model) -> None:
     cuts = [("it is it is it is it is it", " ".join(words[i : i + 5])) for i in range(0, 35, 5)]
     expected = short.scores(cuts).mean(0, keepdim=True)
     torch.testing.assert_close(window.scores([(first, " ".join(words))]), expected)
+    # Where there is room for both, both are whole.
+    pair = ("it is it is it is it is it is it", "in of")
+    torch.testing.assert_close(window.scores([pair]), short.scores([pair]))
 
 
 @pytest.mark.parametrize(
