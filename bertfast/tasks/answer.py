@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForQuestionAnswering
-from bertfast.tasks.batches import Row, token_ids
+from bertfast.tasks.batches import Row, token_ids, words_of
 from bertfast.tasks.task import Done, Task, check_count, check_pair
 
 
@@ -124,6 +124,7 @@ class Answer(Task[tuple[str, str], Answered]):
     ) -> list[Answered]:
         questions = token_ids(self._encode([question for question, _ in pairs]))
         contexts = self._encode([context for _, context in pairs])
+        words = [_word_bounds(context) for context in contexts]
         rows: list[Row] = []
         for owner, (question, context) in enumerate(zip(questions, contexts, strict=True)):
             rows += self._cut(owner, question, np.array(context.ids, dtype=np.int64))
@@ -133,12 +134,15 @@ class Answer(Task[tuple[str, str], Answered]):
             start, end = (x.float().cpu().numpy() for x in (out.start_logits, out.end_logits))
             found = []
             for i, first in zip(places, inputs["cu_seqlens"].tolist(), strict=False):
-                row, context = rows[i], contexts[rows[i].owner]
+                row, bounds = rows[i], words[rows[i].owner]
                 tokens = slice(first + row.start, first + row.start + row.size)
                 spans = best_spans(start[tokens], end[tokens], self.max_answer_length, self.n_best)
+                candidates = [
+                    _Candidate(bounds[row.first + a][0], bounds[row.first + b][1], logit)
+                    for a, b, logit in spans
+                ]
                 # [CLS] is each row's first token.
-                null = float(start[first] + end[first])
-                found.append((null, [_in_context(span, row, context) for span in spans]))
+                found.append((float(start[first] + end[first]), candidates))
             return found
 
         nulls = [math.inf] * len(pairs)
@@ -206,13 +210,11 @@ def best_spans(
     return found
 
 
-def _in_context(span: tuple[int, int, float], row: Row, context: Encoding) -> _Candidate:
-    """Tokens of a row's context to characters of the context, grown to whole words."""
-    first, last = row.first + span[0], row.first + span[1]
-    start, end = context.offsets[first][0], context.offsets[last][1]
-    for token in (first, last):
-        word = context.token_to_word(token)
-        whole = None if word is None else context.word_to_chars(word)
-        if whole is not None:
-            start, end = min(start, whole[0]), max(end, whole[1])
-    return _Candidate(start, end, span[2])
+def _word_bounds(context: Encoding) -> list[tuple[int, int]]:
+    """For each token, where in the text the word that it is of starts and ends."""
+    # Asked for once: each attribute of an encoding is a new list of all tokens.
+    offsets, words = context.offsets, context.word_ids
+    bounds: list[tuple[int, int]] = []
+    for first, last in words_of(words):
+        bounds += [(offsets[first][0], offsets[last][1])] * (last + 1 - first)
+    return bounds

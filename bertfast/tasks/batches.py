@@ -8,7 +8,8 @@ like length go into one batch of at most so many tokens, without padding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,13 +36,26 @@ class Row(NamedTuple):
     first: int
     size: int
 
-    def context(self, first: int, last: int, total: int) -> int:
-        """Tokens between the text's tokens ``first`` to ``last`` and the nearer end of the row.
-        The ends of the text itself, of ``total`` tokens, cut nothing off. Negative for tokens that
-        the row does not hold."""
-        end = self.first + self.size
-        before = first - self.first if self.first > 0 or first < self.first else total
-        after = end - 1 - last if end < total or last >= end else total
+
+class TextRows:
+    """The rows of one text of ``total`` tokens, in order, to ask which one to believe."""
+
+    def __init__(self, rows: Sequence[Row], total: int) -> None:
+        self.rows, self.total = rows, total
+        self._starts = [row.first for row in rows]
+        self._ends = [row.first + row.size for row in rows]
+
+    def best(self, first: int, last: int) -> int | None:
+        """Of the rows that hold the token ``first``, the one with most of the text around the
+        tokens ``first`` to ``last``; None if no row holds it."""
+        holding = range(bisect_right(self._ends, first), bisect_right(self._starts, first))
+        return max(holding, key=lambda i: self._context(i, first, last), default=None)
+
+    def _context(self, i: int, first: int, last: int) -> int:
+        """Tokens to the row's nearer end; the ends of the text itself cut nothing off."""
+        start, end = self._starts[i], self._ends[i]
+        before = first - start if start > 0 else self.total
+        after = end - 1 - last if end < self.total else self.total
         return min(before, after)
 
 
@@ -92,6 +106,15 @@ def _surroundings(encoding: Encoding, texts: int) -> list[tuple[np.ndarray, np.n
 def token_ids(encodings: Sequence[Encoding]) -> list[np.ndarray]:
     """int64 ``(tokens,)`` of each."""
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def words_of(word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """The first and the last token of each word, of the words that tokens are of."""
+    first = 0
+    for i in range(1, len(word_ids) + 1):
+        if i == len(word_ids) or word_ids[i] is None or word_ids[i] != word_ids[first]:
+            yield first, i - 1
+            first = i
 
 
 def windows(count: int, room: int, stride: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from tokenizers import Encoding
 
 from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-from bertfast.tasks.batches import MASK, Row, token_ids
+from bertfast.tasks.batches import MASK, Row, TextRows, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
 
@@ -85,9 +85,9 @@ class FillMask(Task[str, list[list[Filled]]]):
             if not masks:
                 shown = texts[owner][:80]
                 raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
-            for row, filled in _share(masks, rows_of[owner], len(ids[owner])):
+            for row, share in _share(masks, rows_of[owner], len(ids[owner])):
                 rows.append(row)
-                filled_by.append(filled)
+                filled_by.append(share)
 
         def read(inputs: dict[str, Any], batch: Sequence[int]) -> list[Any]:
             counts = [len(filled_by[i]) for i in batch]
@@ -100,13 +100,17 @@ class FillMask(Task[str, list[list[Filled]]]):
             return list(zip(scores.split(counts), best.split(counts), strict=True))
 
         found = self._run(rows, read, done)
-        results: list[list[list[Filled]]] = [[[] for _ in masks] for masks in places]
+        # Of each text, the probabilities and ids at its masks.
+        filled: list[dict[int, tuple[list[float], list[int]]]] = [{} for _ in texts]
         for row, masks, (scores, best) in zip(rows, filled_by, found, strict=True):
-            for mask, score, token in zip(masks, scores.tolist(), best.tolist(), strict=True):
-                owner = row.owner
-                candidates = self._filled(texts[owner], encodings[owner], mask, token, score)
-                results[owner][places[owner].index(mask)] = candidates
-        return results
+            for mask, *pair in zip(masks, scores.tolist(), best.tolist(), strict=True):
+                filled[row.owner][mask] = (pair[0], pair[1])
+        return [
+            list(self._filled(text, encoding, masks, at_masks))
+            for text, encoding, masks, at_masks in zip(
+                texts, encodings, places, filled, strict=True
+            )
+        ]
 
     def _best(
         self, inputs: dict[str, Any], places: list[int], top_k: int
@@ -119,14 +123,21 @@ class FillMask(Task[str, list[list[Filled]]]):
         return scores.cpu(), best.cpu()
 
     def _filled(
-        self, text: str, encoding: Encoding, mask: int, ids: list[int], scores: list[float]
-    ) -> list[Filled]:
-        start, end = encoding.offsets[mask]
-        tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
-        return [
-            Filled(token, score, _put(text, start, end, token))
-            for token, score in zip(tokens, scores, strict=True)
-        ]
+        self,
+        text: str,
+        encoding: Encoding,
+        masks: Sequence[int],
+        found: dict[int, tuple[list[float], list[int]]],
+    ) -> Iterator[list[Filled]]:
+        offsets = encoding.offsets
+        for mask in masks:
+            start, end = offsets[mask]
+            scores, ids = found[mask]
+            tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
+            yield [
+                Filled(token, score, _put(text, start, end, token))
+                for token, score in zip(tokens, scores, strict=True)
+            ]
 
 
 def _share(
@@ -137,13 +148,13 @@ def _share(
     Raises InputError for a mask that no row holds.
     """
     shares: list[list[int]] = [[] for _ in rows]
+    text_rows = TextRows(rows, total)
     for mask in masks:
-        contexts = [row.context(mask, mask, total) for row in rows]
-        best = max(range(len(rows)), key=contexts.__getitem__)
-        if contexts[best] < 0:
+        best = text_rows.best(mask, mask)
+        if best is None:
             raise InputError(
-                rows[best].owner,
-                f"text: expected every {MASK} among the first {rows[best].size} tokens, "
+                rows[0].owner,
+                f"text: expected every {MASK} among the first {rows[0].size} tokens, "
                 f"got one at {mask} (long='window' reads on)",
             )
         shares[best].append(mask)

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForTokenClassification
-from bertfast.tasks.batches import Row, token_ids
+from bertfast.tasks.batches import TextRows, token_ids, words_of
 from bertfast.tasks.task import Done, Task
 
 STRATEGIES = ("first", "mean", "max")
@@ -106,22 +106,23 @@ class Tag(Task[str, Tagged]):
         found = self._run(rows, read, done)
         results = []
         for text, encoding, places in zip(texts, encodings, rows_of, strict=True):
-            read_here = [(rows[i], found[i]) for i in places]
-            words = list(self._words(text, encoding, read_here))
+            text_rows = TextRows([rows[i] for i in places], len(encoding.ids))
+            words = list(self._words(text, encoding, text_rows, [found[i] for i in places]))
             results.append(Tagged(words, join_words(text, words)))
         return results
 
     def _words(
-        self, text: str, encoding: Encoding, read: Sequence[tuple[Row, np.ndarray]]
+        self, text: str, encoding: Encoding, text_rows: TextRows, found: Sequence[np.ndarray]
     ) -> Iterator[Word]:
-        offsets, total = encoding.offsets, len(encoding.ids)
-        for first, last in _words_of(encoding):
-            row, probabilities = max(read, key=lambda pair: pair[0].context(first, last, total))
-            # A word of more pieces than the windows share may end behind this one's end.
-            pieces = probabilities[max(first - row.first, 0) : max(last + 1 - row.first, 0)]
-            if not len(pieces):
-                continue
-            scores = self._scores(pieces)
+        """The words, from the ``(tokens, labels)`` probabilities found in each row of the text."""
+        offsets = encoding.offsets
+        for first, last in words_of(encoding.word_ids):
+            best = text_rows.best(first, last)
+            if best is None:  # behind the cut
+                return
+            # A word of more pieces than windows share may end behind this one's end.
+            row = text_rows.rows[best]
+            scores = self._scores(found[best][first - row.first : last + 1 - row.first])
             label = int(scores.argmax())
             start, end = offsets[first][0], offsets[last][1]
             name = self._module.config.id2label[label]
@@ -131,16 +132,6 @@ class Tag(Task[str, Tagged]):
         if self.strategy == "mean":
             return pieces.mean(0)
         return pieces[0 if self.strategy == "first" else pieces.max(1).argmax()]
-
-
-def _words_of(encoding: Encoding) -> Iterator[tuple[int, int]]:
-    """The first and the last token of each word."""
-    words = encoding.word_ids
-    first = 0
-    for i in range(1, len(words) + 1):
-        if i == len(words) or words[i] != words[first] or words[i] is None:
-            yield first, i - 1
-            first = i
 
 
 def join_words(text: str, words: Sequence[Word]) -> list[Span]:

@@ -16,7 +16,7 @@ import bertfast
 from bertfast.data import train_vocab
 from bertfast.errors import CheckpointError, InputError
 from bertfast.tasks import Answer, Classify, Embed, FillMask, NextSentence, Tag, batches
-from bertfast.tasks.batches import Row, Template
+from bertfast.tasks.batches import Row, Template, TextRows
 from bertfast.tasks.task import CHUNK
 
 from .conftest import LENGTH, TEXTS
@@ -80,16 +80,24 @@ def test_a_tokenizer_without_a_template_gives_bare_rows(tiny_tokenizer) -> None:
     assert row.input_ids.tolist() == [5, 6]
 
 
-def test_context_is_the_nearer_cut_end() -> None:
+@given(st.integers(1, 80), st.integers(1, 20), st.data())
+def test_a_token_is_read_where_most_is_around_it(total, room, data) -> None:
+    stride = data.draw(st.integers(0, room - 1))
+    first = data.draw(st.integers(0, total - 1))
+    last = data.draw(st.integers(first, total - 1))
     nothing = np.zeros(0, dtype=np.int64)
-    # Tokens 10 to 19 of a text.
-    row = Row(nothing, nothing, 0, 1, 10, 10)
-    assert row.context(12, 12, 40) == 2
-    assert row.context(17, 18, 40) == 1
-    assert row.context(17, 18, 20) == 7  # the text ends there: nothing is cut off
-    assert row.context(9, 12, 40) < 0
-    assert row.context(18, 20, 40) < 0
-    assert Row(nothing, nothing, 0, 1, 0, 10).context(0, 0, 40) == 9
+    cuts = batches.windows(total, room, stride)
+    rows = [Row(nothing, nothing, 0, 1, start, end - start) for start, end in cuts]
+
+    def context(start, end):
+        # What is cut off on either side, if anything is.
+        sides = [first - start] * (start > 0) + [end - 1 - last] * (end < total)
+        return min(sides, default=total)
+
+    contexts = [context(*cut) if cut[0] <= first < cut[1] else None for cut in cuts]
+    best = TextRows(rows, total).best(first, last)
+    assert contexts[best] == max(c for c in contexts if c is not None)
+    assert TextRows(rows, total).best(total, total) is None
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
