@@ -52,7 +52,8 @@ class Task(Generic[Input, Result]):
 
     Raises:
         TypeError: another model.
-        ValueError: a tokenizer without BERT's special tokens, or an option out of range.
+        ValueError: a tokenizer without BERT's special tokens or with more tokens than the model, or
+            an option out of range.
     """
 
     # What ``model`` may be, and what from_pretrained makes.
@@ -79,10 +80,16 @@ class Task(Generic[Input, Result]):
             raise TypeError(f"model: expected a {names}, got {type(model).__name__}")
         self.model = model
         self.tokenizer = _copy(tokenizer)
+        self.mask_id = special_ids(self.tokenizer)[batches.MASK]
         self.template = Template(self.tokenizer)
-        self.mask_id = special_ids(tokenizer)[batches.MASK]
 
-        positions = self._module.config.max_position_embeddings
+        config = self._module.config
+        if self.tokenizer.get_vocab_size() > config.vocab_size:
+            raise ValueError(
+                f"tokenizer: expected at most the model's {config.vocab_size} tokens (vocab_size), "
+                f"got {self.tokenizer.get_vocab_size()}"
+            )
+        positions = config.max_position_embeddings
         # The fewest that leave a token for each text.
         fewest = max(self.template.single + 1, self.template.pair + 2)
         self.max_length = _integer("max_length", max_length, positions, 1, positions)

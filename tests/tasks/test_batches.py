@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 import bertfast
 from bertfast.data import train_vocab
@@ -187,6 +188,12 @@ def test_refuses_other_models_and_inputs(task, make_model, tiny_tokenizer) -> No
     mine = getattr(bertfast, TASKS[task]).from_pretrained(make_model(TASKS[task]))
     with pytest.raises(TypeError, match=r"tokenizer: expected a tokenizers.Tokenizer, got str"):
         task(mine, "tokenizer.json")
+    larger = Tokenizer.from_str(tiny_tokenizer.to_str())
+    larger.add_tokens(["another"])
+    with pytest.raises(ValueError, match=r"tokenizer: expected at most the model's \d+ tokens"):
+        task(mine, larger)
+    with pytest.raises(ValueError, match="tokenizer: expected the special tokens"):
+        task(mine, Tokenizer(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")))
     ready = task(mine, tiny_tokenizer)
     with pytest.raises(TypeError, match="inputs: expected a sequence, got str"):
         ready.many("text")
