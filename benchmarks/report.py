@@ -194,6 +194,18 @@ def model_table(rows: list[Row], prefix: str, peers: dict[str, str]) -> str:
 TRANSFORMERS = {"transformers": "transformers (sdpa)"}
 
 
+def embed_section(rows: list[Row]) -> list[str]:
+    """Texts to vectors, where it was measured."""
+    if not by_group(rows, "embed texts"):
+        return []
+    peers = {
+        "transformers": "transformers, batches of 32 as they come",
+        "sentence-transformers": "sentence-transformers, sorted by length",
+    }
+    title = "**Texts to vectors**, all-MiniLM-L6-v2, tokenizing included"
+    return [title, model_table(rows, "embed texts", peers)]
+
+
 def report(data: dict[str, Any], source: str) -> str:
     """The Markdown between the README's markers."""
     rows = rows_of(data)
@@ -215,6 +227,7 @@ def report(data: dict[str, Any], source: str) -> str:
             "faults can cost more than the kernels do.",
             "**BERT-base inference**, the same weights and the same padded batch",
             model_table(rows, "inference", TRANSFORMERS),
+            *embed_section(rows),
             "**Outside the matrix products**, where kernels can help: the same forward without the "
             "time inside `F.linear`'s products",
             model_table(rows, "outside gemm", TRANSFORMERS),

@@ -120,6 +120,15 @@ def test_the_committed_figures_meet_the_target(measured, target):
     assert set(short) == set(target.missed), short
 
 
+def test_the_committed_figures_of_embedding():
+    report = _report()
+    (source,) = (ROOT / "benchmarks" / "results").glob("embed-cpu-*.json")
+    (group,) = report.by_group(report.rows_of(report.load(source)), "embed texts").values()
+    ours = group["bertfast"]["seconds"]
+    assert group["transformers"]["seconds"] >= 3 * ours
+    assert group["sentence-transformers"]["seconds"] >= 1.5 * ours
+
+
 @pytest.mark.parametrize("word", ["gelu", "layernorm"])
 def test_the_committed_figures_reach_the_memory(measured, word):
     """60 % of the copy bandwidth in float32, where nothing but erf or statistics is computed."""

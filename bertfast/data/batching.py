@@ -4,13 +4,16 @@ others need)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from bertfast.data.masking import IGNORE
 from bertfast.data.pretraining import Example
+
+# Anything with ``input_ids``.
+Row = TypeVar("Row", bound=Any)
 
 
 def pack(examples: Sequence[Example]) -> dict[str, Any]:
@@ -22,6 +25,17 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
     next_sentence_label: int64 ``(B,)``. Positions are left to the model, which counts them from 0
     in every sequence. No examples give an empty batch (T = 0).
     """
+    return {
+        **pack_inputs(examples),
+        "labels": _join([example.labels for example in examples]),
+        "next_sentence_label": _next_sentence_label(examples),
+    }
+
+
+def pack_inputs(examples: Sequence[Any]) -> dict[str, Any]:
+    """The unlabelled part of :func:`pack`: ``input_ids``, ``token_type_ids``, ``cu_seqlens`` and
+    ``max_seqlen`` of examples that have ``input_ids`` and ``token_type_ids``, int64 arrays
+    ``(tokens,)``."""
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
     cu_seqlens = np.zeros(len(examples) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -30,8 +44,6 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
         "token_type_ids": _join([example.token_type_ids for example in examples]),
         "cu_seqlens": torch.from_numpy(cu_seqlens),
         "max_seqlen": int(lengths.max(initial=0)),
-        "labels": _join([example.labels for example in examples]),
-        "next_sentence_label": _next_sentence_label(examples),
     }
 
 
@@ -63,8 +75,8 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]
 
 
 def group(
-    examples: Sequence[Example], *, sequences: int | None = None, tokens: int | None = None
-) -> Iterator[Sequence[Example]]:
+    examples: Sequence[Row], *, sequences: int | None = None, tokens: int | None = None
+) -> Iterator[Sequence[Row]]:
     """Cut examples, in order, into the groups that become batches; the last one may be smaller.
 
     Give exactly one of ``sequences`` (examples per group) and ``tokens`` (at most so many tokens

@@ -41,6 +41,7 @@ class BertPreTrainedModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
+        fresh_heads: bool = True,
         **options: Any,
     ) -> Model:
         """Load a model in evaluation mode; see :func:`bertfast.model.checkpoint.load`.
@@ -52,6 +53,7 @@ class BertPreTrainedModel(nn.Module):
             dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
             device: where the parameters go; None is the CPU.
             revision: branch, tag or commit on the hub; None is its main branch.
+            fresh_heads: False makes it an error when the checkpoint does not have the head.
             options: config fields to override (``num_labels=3``; ``max_position_embeddings=128``
                 cuts the position table), and the class's own arguments
                 (``add_pooling_layer=False``).
@@ -63,9 +65,15 @@ class BertPreTrainedModel(nn.Module):
         from bertfast.model import checkpoint
 
         return checkpoint.load(
-            cls, path, config=config, dtype=dtype, device=device, revision=revision,
+            cls,
+            path,
+            config=config,
+            dtype=dtype,
+            device=device,
+            revision=revision,
             options=options,
-        )  # fmt: skip
+            fresh_heads=fresh_heads,
+        )
 
     def save_pretrained(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"

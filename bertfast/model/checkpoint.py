@@ -56,6 +56,7 @@ def load(
     device: torch.device | str | None = None,
     revision: str | None = None,
     options: dict[str, Any] | None = None,
+    fresh_heads: bool = True,
 ) -> Model:
     """Build ``cls`` with the weights that ``path`` means, in evaluation mode.
 
@@ -74,6 +75,8 @@ def load(
         revision: branch, tag or commit on the hub; None is its main branch.
         options: config fields to override, and ``cls``'s own arguments. A
             ``max_position_embeddings`` below the checkpoint's cuts its position table.
+        fresh_heads: a head that the checkpoint does not have is drawn anew; False makes it an
+            error, as for predictions it is one.
 
     Raises:
         CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
@@ -99,6 +102,11 @@ def load(
     chosen = given or "max_position_embeddings" in overrides
     rows = _positions(source, config, weights, chosen)
     fresh = _match(source.file, model, weights)
+    if fresh and not fresh_heads:
+        raise CheckpointError(
+            f"{source.file}: expected the weights of a trained {cls.__name__}, "
+            f"got none for {', '.join(part.rstrip('.') for part in fresh)}"
+        )
     dtype = _dtype_of(weights) if dtype is None else dtype
 
     state: dict[str, Tensor] = {}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
-from bertfast.data.vocab import special_ids
+from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-
-MASK = "[MASK]"
+from bertfast.tasks.batches import MASK, Row, TextRows, token_ids
+from bertfast.tasks.task import Done, Task, check_count
 
 
 class Filled(NamedTuple):
@@ -22,26 +23,18 @@ class Filled(NamedTuple):
     text: str
 
 
-class FillMask:
+class FillMask(Task[str, list[list[Filled]]]):
     """``FillMask(model, tokenizer)("Paris is the [MASK] of France.")``.
 
-    ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; it is called in eval mode, without
-    gradients, and left in the mode it was in. ``tokenizer``: a ``tokenizers.Tokenizer`` with BERT's
-    special tokens (see ``load_tokenizer``); padding that it adds is left out.
-
-    Raises TypeError for another model, ValueError for a tokenizer without BERT's special tokens.
+    ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; the head runs at the masks only.
+    Other arguments as in :class:`~bertfast.tasks.task.Task`. A text longer than the model reads is
+    cut to windows, and each [MASK] is filled where it sees most of the text around it; with
+    ``long="truncate"`` masks behind the cut are an error.
     """
 
-    def __init__(self, model: BertForMaskedLM | BertForPreTraining, tokenizer: Tokenizer) -> None:
-        # Inside torch.compile's wrapper is the model itself.
-        if not isinstance(getattr(model, "_orig_mod", model), BertForMaskedLM | BertForPreTraining):
-            raise TypeError(
-                "model: expected a BertForMaskedLM or BertForPreTraining, "
-                f"got {type(model).__name__}"
-            )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.mask_id = special_ids(tokenizer)[MASK]
+    models = (BertForMaskedLM, BertForPreTraining)
+    default_long = "window"
+    with_offsets = True
 
     def __call__(self, text: str, top_k: int = 5) -> list[Filled] | list[list[Filled]]:
         """The ``top_k`` most probable tokens for the [MASK] in ``text``, best first.
@@ -59,59 +52,113 @@ class FillMask:
         to the word before it.
 
         Raises TypeError for anything but a string, or a ``top_k`` that is no integer; ValueError
-        for a text without [MASK], one longer than the model's positions, or a ``top_k`` outside
-        1..vocabulary.
+        for a text without [MASK], or a ``top_k`` outside 1..vocabulary.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text: expected a string, got {type(text).__name__}")
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
-        encoding = self.tokenizer.encode(text)
-        # Padding that the tokenizer adds is cut off and not only masked: on the left it would
-        # shift the positions.
-        kept = [i for i, attended in enumerate(encoding.attention_mask) if attended]
-        ids = [encoding.ids[i] for i in kept]
-        type_ids = [encoding.type_ids[i] for i in kept]
-        places = [i for i, id in enumerate(ids) if id == self.mask_id]
-        if not places:
-            raise ValueError(f"text: expected at least one {MASK}, got {text[:80]!r}")
-        config: Any = self.model.config
-        if len(ids) > config.max_position_embeddings:
-            raise ValueError(
-                f"text: expected at most {config.max_position_embeddings} tokens, got {len(ids)}"
-            )
-        if not 1 <= top_k <= config.vocab_size:
-            raise ValueError(
-                f"top_k: expected 1 to {config.vocab_size} (the vocabulary), got {top_k}"
-            )
-        probabilities = self._logits(ids, type_ids)[places].float().softmax(-1)
-        filled = []
-        for place, row in zip(places, probabilities, strict=True):
-            scores, best = row.topk(top_k)
-            tokens = [self.tokenizer.id_to_token(id) or "" for id in best.tolist()]
-            start, end = encoding.offsets[kept[place]]
-            filled.append(
-                [
-                    Filled(token, score, _put(text, start, end, token))
-                    for token, score in zip(tokens, scores.tolist(), strict=True)
-                ]
-            )
-        return filled
+        return self._one(text, top_k=self._checked_top_k(top_k))
 
-    @torch.no_grad()
-    def _logits(self, ids: list[int], type_ids: list[int]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
-        training = self.model.training
-        self.model.eval()
-        try:
-            out = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                token_type_ids=torch.tensor([type_ids], device=device),
+    def many(
+        self, texts: Sequence[str], top_k: int = 5, *, progress: bool = False
+    ) -> list[list[list[Filled]]]:
+        """:meth:`candidates` of each text, in their order.
+
+        Raises as ``candidates`` does, with :class:`~bertfast.errors.InputError`, a ValueError, for
+        a text.
+        """
+        return self._many(texts, progress, top_k=self._checked_top_k(top_k))
+
+    def _checked_top_k(self, top_k: int) -> int:
+        return check_count("top_k", top_k, self._module.config.vocab_size, "the vocabulary")
+
+    def _results(
+        self, texts: Sequence[str], done: Done, /, **options: Any
+    ) -> list[list[list[Filled]]]:
+        encodings = self._encode(texts)
+        ids = token_ids(encodings)
+        places = [(text == self.mask_id).nonzero()[0].tolist() for text in ids]
+        rows_of: list[list[Row]] = [[] for _ in texts]
+        for row in self._rows(ids):
+            rows_of[row.owner].append(row)
+        # Rows without a mask to fill are not computed.
+        rows: list[Row] = []
+        filled_by: list[list[int]] = []
+        for owner, masks in enumerate(places):
+            if not masks:
+                shown = texts[owner][:80]
+                raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
+            for row, share in _share(masks, rows_of[owner], len(ids[owner])):
+                rows.append(row)
+                filled_by.append(share)
+
+        def read(inputs: dict[str, Any], batch: Sequence[int]) -> list[Any]:
+            counts = [len(filled_by[i]) for i in batch]
+            wanted = [
+                start + rows[i].start + mask - rows[i].first
+                for i, start in zip(batch, inputs["cu_seqlens"].tolist(), strict=False)
+                for mask in filled_by[i]
+            ]
+            scores, best = self._best(inputs, wanted, options["top_k"])
+            return list(zip(scores.split(counts), best.split(counts), strict=True))
+
+        found = self._run(rows, read, done)
+        # Of each text, the probabilities and ids at its masks.
+        filled: list[dict[int, tuple[list[float], list[int]]]] = [{} for _ in texts]
+        for row, masks, (scores, best) in zip(rows, filled_by, found, strict=True):
+            for mask, *pair in zip(masks, scores.tolist(), best.tolist(), strict=True):
+                filled[row.owner][mask] = (pair[0], pair[1])
+        return [
+            list(self._filled(text, encoding, masks, at_masks))
+            for text, encoding, masks, at_masks in zip(
+                texts, encodings, places, filled, strict=True
             )
-        finally:
-            self.model.train(training)
-        logits = out.prediction_logits if hasattr(out, "prediction_logits") else out.logits
-        return logits[0]
+        ]
+
+    def _best(
+        self, inputs: dict[str, Any], places: list[int], top_k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The probabilities and ids of the best tokens at packed ``places``, ``(masks, top_k)``."""
+        hidden = self._module.bert(**inputs).last_hidden_state
+        hidden = hidden[torch.tensor(places, dtype=torch.int64, device=hidden.device)]
+        logits = self._module.cls.predictions(hidden)
+        scores, best = logits.float().softmax(-1).topk(top_k)
+        return scores.cpu(), best.cpu()
+
+    def _filled(
+        self,
+        text: str,
+        encoding: Encoding,
+        masks: Sequence[int],
+        found: dict[int, tuple[list[float], list[int]]],
+    ) -> Iterator[list[Filled]]:
+        offsets = encoding.offsets
+        for mask in masks:
+            start, end = offsets[mask]
+            scores, ids = found[mask]
+            tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
+            yield [
+                Filled(token, score, _put(text, start, end, token))
+                for token, score in zip(tokens, scores, strict=True)
+            ]
+
+
+def _share(
+    masks: Sequence[int], rows: Sequence[Row], total: int
+) -> Iterator[tuple[Row, list[int]]]:
+    """Of a text's rows those that fill masks, and which: each row those that it sees most around.
+
+    Raises InputError for a mask that no row holds.
+    """
+    shares: list[list[int]] = [[] for _ in rows]
+    text_rows = TextRows(rows, total)
+    for mask in masks:
+        best = text_rows.best(mask, mask)
+        if best is None:
+            raise InputError(
+                rows[0].owner,
+                f"text: expected every {MASK} among the first {rows[0].size} tokens, "
+                f"got one at {mask} (long='window' reads on)",
+            )
+        shares[best].append(mask)
+    return ((row, share) for row, share in zip(rows, shares, strict=True) if share)
 
 
 def _put(text: str, start: int, end: int, token: str) -> str:

@@ -6,13 +6,14 @@ Exit codes: 0 done; 2 the arguments or the input cannot be used (one line on std
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from bertfast import __version__
+from bertfast.cli import predict
+from bertfast.cli.arguments import integer, number
 from bertfast.errors import BackendError
 
 # bertfast.convert knows their classes.
@@ -61,6 +62,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bertfast {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
     _add_demo(verbs)
+    predict.add_verbs(verbs)
     _add_convert(verbs)
     _add_env(verbs)
     return parser
@@ -83,25 +85,23 @@ def _add_demo(verbs: Any) -> None:
         help="UTF-8 text files; blank lines separate documents, which hold one sentence a line or "
         "running text",
     )
-    demo.add_argument(
-        "--minutes", type=_number(0, 24 * 60), default=2.5, help="minutes of training"
-    )
+    demo.add_argument("--minutes", type=number(0, 24 * 60), default=2.5, help="minutes of training")
     demo.add_argument("--out", metavar="DIR", default="bertfast-demo", help="where to save")
     demo.add_argument(
-        "--vocab-size", type=_integer(1, 10**6), default=2048, help="word pieces at most"
+        "--vocab-size", type=integer(1, 10**6), default=2048, help="word pieces at most"
     )
-    demo.add_argument("--layers", type=_integer(1, 48), default=2, help="encoder layers")
+    demo.add_argument("--layers", type=integer(1, 48), default=2, help="encoder layers")
     demo.add_argument(
-        "--hidden", type=_integer(64, 4096, 64), default=128, help="hidden size, 64 per head"
-    )
-    demo.add_argument(
-        "--length", type=_integer(16, 512), default=64, help="longest sequence in tokens"
+        "--hidden", type=integer(64, 4096, 64), default=128, help="hidden size, 64 per head"
     )
     demo.add_argument(
-        "--batch-tokens", type=_integer(16, 10**6), default=1024, help="tokens per step at most"
+        "--length", type=integer(16, 512), default=64, help="longest sequence in tokens"
     )
-    demo.add_argument("--lr", type=_number(0, 1), default=2e-3, help="highest learning rate")
-    demo.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0, help="of everything random")
+    demo.add_argument(
+        "--batch-tokens", type=integer(16, 10**6), default=1024, help="tokens per step at most"
+    )
+    demo.add_argument("--lr", type=number(0, 1), default=2e-3, help="highest learning rate")
+    demo.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="of everything random")
     demo.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     demo.set_defaults(run=_demo)
 
@@ -156,7 +156,7 @@ def _add_convert(verbs: Any) -> None:
     )
     convert.add_argument(
         "--max-positions",
-        type=_integer(1, 10**6),
+        type=integer(1, 10**6),
         metavar="N",
         help="keep the first N positions only",
     )
@@ -224,34 +224,3 @@ def _env(arguments: argparse.Namespace) -> None:
 
     info = environment.collect()
     print(json.dumps(info, indent=2) if arguments.json else environment.render(info))
-
-
-def _integer(lowest: int, highest: int, multiple_of: int = 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = lowest - 1
-        if not lowest <= value <= highest or value % multiple_of:
-            kind = "an integer" if multiple_of == 1 else f"a multiple of {multiple_of}"
-            raise argparse.ArgumentTypeError(
-                f"expected {kind} from {lowest} to {highest}, got {text!r}"
-            )
-        return value
-
-    return parse
-
-
-def _number(above: float, highest: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not above < value <= highest:
-            raise argparse.ArgumentTypeError(
-                f"expected a number above {above:g}, at most {highest:g}, got {text!r}"
-            )
-        return value
-
-    return parse

@@ -1,0 +1,290 @@
+"""What every task shares: a model and a tokenizer that fit, any number of inputs of any length."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
+
+from bertfast.data.vocab import load_tokenizer, special_ids
+from bertfast.errors import CheckpointError, InputError
+from bertfast.model.base import BertPreTrainedModel
+from bertfast.model.prepacked import PrepackedLinear
+from bertfast.model.sources import directory_of, locate
+from bertfast.tasks import batches
+from bertfast.tasks.batches import Reader, Row, Template
+
+LONG = ("truncate", "window")
+# Tokens of a batch: on a CPU its activations should stay in the caches.
+BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS_ELSEWHERE = 32768
+# So many inputs are tokenized, sorted and computed together, which bounds memory.
+CHUNK = 8192
+
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+Self = TypeVar("Self", bound="Task[Any, Any]")
+# Told of a number of inputs that are finished.
+Done = Callable[[int], object]
+
+
+class Task(Generic[Input, Result]):
+    """Base of the tasks.
+
+    Args:
+        model: one of the classes the task names; called in eval mode, without gradients, and left
+            in the mode it was in. On the CPU, the weights of a model in eval mode are packed once
+            more, for speed.
+        tokenizer: a ``tokenizers.Tokenizer`` with BERT's special tokens (see ``load_tokenizer``).
+            It is copied; truncation and padding that it has set are not used.
+        max_length: tokens of a row at most, special tokens included; None is what the model has
+            positions for.
+        long: what becomes of a longer text: ``"truncate"`` reads its beginning, ``"window"`` all
+            of it, in overlapping windows.
+        stride: tokens that neighbouring windows share; None is a quarter of a row.
+        batch_tokens: tokens of a batch at most; None is a number that suits the model's device.
+
+    Raises:
+        TypeError: another model.
+        ValueError: a tokenizer without BERT's special tokens or with more tokens than the model, or
+            an option out of range.
+    """
+
+    # What ``model`` may be, and what from_pretrained makes.
+    models: ClassVar[tuple[type[BertPreTrainedModel], ...]]
+    # Ends of the names in config.json's "architectures" that have this task's head.
+    architectures: ClassVar[tuple[str, ...]] = ()
+    default_long: ClassVar[str] = "truncate"
+    with_offsets: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        long: str | None = None,
+        stride: int | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        # Inside torch.compile's wrapper is the model itself.
+        self._module = getattr(model, "_orig_mod", model)
+        if not isinstance(self._module, self.models):
+            names = " or ".join(kind.__name__ for kind in self.models)
+            raise TypeError(f"model: expected a {names}, got {type(model).__name__}")
+        self.model = model
+        self.tokenizer = _copy(tokenizer)
+        self.mask_id = special_ids(self.tokenizer)[batches.MASK]
+        self.template = Template(self.tokenizer)
+
+        config = self._module.config
+        if self.tokenizer.get_vocab_size() > config.vocab_size:
+            raise ValueError(
+                f"tokenizer: expected at most the model's {config.vocab_size} tokens (vocab_size), "
+                f"got {self.tokenizer.get_vocab_size()}"
+            )
+        positions = config.max_position_embeddings
+        # The fewest that leave a token for each text.
+        fewest = max(self.template.single + 1, self.template.pair + 2)
+        self.max_length = _integer("max_length", max_length, positions, 1, positions)
+        self.long = self.default_long if long is None else long
+        if self.long not in LONG:
+            raise ValueError(f"long: expected one of {', '.join(LONG)}, got {long!r}")
+        room = self.max_length - self.template.single
+        if self.max_length < fewest:
+            raise ValueError(f"max_length: expected at least {fewest}, got {self.max_length}")
+        self.stride = _integer("stride", stride, room // 4, 0, room - 1)
+        tokens = BATCH_TOKENS.get(self._module.device.type, BATCH_TOKENS_ELSEWHERE)
+        self.batch_tokens = _integer("batch_tokens", batch_tokens, tokens, 1, 2**31 - 1)
+        self._prepacked = PrepackedLinear()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Self:
+        """The task with the model and the tokenizer of a directory.
+
+        Args:
+            path: what the model's ``from_pretrained`` takes, with ``tokenizer.json`` or
+                ``vocab.txt``.
+            dtype, device: of the model.
+            options: the class's own arguments.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or the checkpoint does not have the
+                head that the task needs.
+            TypeError, ValueError: a bad argument, or no tokenizer.
+        """
+        place = locate(path)
+        model = cls._load_model(place, dtype=dtype, device=device)
+        found = model.config.extra.get("architectures")
+        names = [str(name) for name in found] if isinstance(found, list) else []
+        heads = [name for name in names if "For" in name]
+        # Two heads of different meaning can have weights of the same names.
+        if cls.architectures and heads and not any(n.endswith(cls.architectures) for n in heads):
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected a model of the kind {' or '.join(cls.architectures)},"
+                f" got {', '.join(heads)}"
+            )
+        return cls(model, load_tokenizer(directory_of(place)), **options)
+
+    @classmethod
+    def _load_model(cls, path: Any, **options: Any) -> Any:
+        return cls.models[0].from_pretrained(path, fresh_heads=False, **options)
+
+    def _many(self, inputs: Sequence[Input], progress: bool, **options: Any) -> list[Result]:
+        if isinstance(inputs, str) or not isinstance(inputs, Sequence):
+            raise TypeError(f"inputs: expected a sequence, got {type(inputs).__name__}")
+        checked = [self._checked(i, value) for i, value in enumerate(inputs)]
+        results: list[Result] = []
+        hidden = None if progress else True  # None shows it on a terminal only
+        with tqdm(total=len(checked), unit="input", delay=1, leave=False, disable=hidden) as bar:
+            for start in range(0, len(checked), CHUNK):
+                try:
+                    chunk = checked[start : start + CHUNK]
+                    results += self._results(chunk, bar.update, **options)
+                except InputError as error:
+                    raise InputError(start + error.index, error.reason) from None
+        return results
+
+    def _one(self, value: Input, **options: Any) -> Result:
+        try:
+            return self._many([value], False, **options)[0]
+        except InputError as error:
+            raise ValueError(error.reason) from None
+
+    def _checked(self, index: int, value: Any) -> Any:
+        """An input, or TypeError or InputError."""
+        return check_text(index, "text", value)
+
+    def _results(self, inputs: Sequence[Any], done: Done, /, **options: Any) -> list[Result]:
+        """One result for each of a chunk of inputs."""
+        raise NotImplementedError
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokens of whole texts, without special tokens; offsets only where the task needs them."""
+        tokenizer = self.tokenizer
+        encode = tokenizer.encode_batch if self.with_offsets else tokenizer.encode_batch_fast
+        encodings: list[Encoding] = encode(list(texts), add_special_tokens=False)
+        return encodings
+
+    def _windows(self, count: int, room: int) -> list[tuple[int, int]]:
+        """Where texts of ``count`` tokens are cut: as ``long`` says."""
+        cuts = batches.windows(count, room, min(self.stride, room - 1))
+        return cuts if self.long == "window" else cuts[:1]
+
+    def _rows(self, texts: Sequence[np.ndarray]) -> list[Row]:
+        """Rows of texts' token ids, cut as ``long`` says; each is owned by its text's index."""
+        room = self.max_length - self.template.single
+        return [
+            self.template.row(owner, [ids[first:end]], first)
+            for owner, ids in enumerate(texts)
+            for first, end in self._windows(len(ids), room)
+        ]
+
+    def _pair_row(self, owner: int, first: np.ndarray, second: np.ndarray) -> Row:
+        """A pair, truncated."""
+        room = self.max_length - self.template.pair
+        kept = batches.truncated((len(first), len(second)), room)
+        return self.template.row(owner, [first[: kept[0]], second[: kept[1]]])
+
+    def _run(self, rows: Sequence[Row], read: Reader, done: Done) -> list[Any]:
+        """``read`` on every row; see :func:`bertfast.tasks.batches.run`. ``done`` is told how many
+        inputs have had their last row read."""
+        left = Counter(row.owner for row in rows)
+
+        def read_and_count(inputs: dict[str, Any], places: Sequence[int]) -> Sequence[Any]:
+            values = read(inputs, places)
+            owners = [rows[i].owner for i in places]
+            left.subtract(owners)
+            done(sum(left[owner] == 0 for owner in set(owners)))
+            return values
+
+        with self._inference():
+            return batches.run(
+                rows, read_and_count, tokens=self.batch_tokens, device=self._module.device
+            )
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        training = self.model.training
+        if training:
+            self.model.eval()
+        # A compiled graph would have the packed weights baked in, and those of a model in training
+        # are about to change.
+        pack = self.model is self._module and not training
+        try:
+            with torch.no_grad(), self._prepacked if pack else nullcontext():
+                yield
+        finally:
+            if training:
+                self.model.train()
+
+
+def check_text(index: int, name: str, value: Any) -> str:
+    """``value`` if it is a string that can be encoded, else TypeError or InputError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {type(value).__name__} (input {index})")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            index, f"{name}: expected Unicode text, got a lone surrogate at {error.start}"
+        ) from None
+    return value
+
+
+def check_pair(index: int, names: tuple[str, str], value: Any) -> tuple[str, str]:
+    """``value`` if it is two such strings."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(
+            f"{', '.join(names)}: expected a pair of strings, got {type(value).__name__} "
+            f"(input {index})"
+        )
+    return check_text(index, names[0], value[0]), check_text(index, names[1], value[1])
+
+
+def check_count(name: str, value: Any, highest: int, what: str) -> int:
+    """``value`` if it is an integer from 1 to ``highest``, the number of ``what``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not 1 <= value <= highest:
+        raise ValueError(f"{name}: expected 1 to {highest} ({what}), got {value}")
+    return value
+
+
+def _integer(name: str, value: Any, default: int, low: int, high: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+    return value
+
+
+def _copy(tokenizer: Any) -> Tokenizer:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"tokenizer: expected a tokenizers.Tokenizer, got {type(tokenizer).__name__}"
+        )
+    try:
+        copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    # The tokenizers library raises plain Exception for parts written in Python.
+    except Exception as error:
+        raise ValueError(f"tokenizer: expected one that can be saved, got: {error}") from None
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
