@@ -38,10 +38,10 @@ class Row(NamedTuple):
 
 
 class TextRows:
-    """The rows of one text of ``total`` tokens, in order, to ask which one to believe."""
+    """The rows of one text, in order, to ask which one to believe."""
 
-    def __init__(self, rows: Sequence[Row], total: int) -> None:
-        self.rows, self.total = rows, total
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
         self._starts = [row.first for row in rows]
         self._ends = [row.first + row.size for row in rows]
 
@@ -52,11 +52,9 @@ class TextRows:
         return max(holding, key=lambda i: self._context(i, first, last), default=None)
 
     def _context(self, i: int, first: int, last: int) -> int:
-        """Tokens to the row's nearer end; the ends of the text itself cut nothing off."""
-        start, end = self._starts[i], self._ends[i]
-        before = first - start if start > 0 else self.total
-        after = end - 1 - last if end < self.total else self.total
-        return min(before, after)
+        # To the row's nearer end. At the ends of the text nothing is cut off, but there the first
+        # and the last row win anyway: no other reaches as far on the other side.
+        return min(first - self._starts[i], self._ends[i] - 1 - last)
 
 
 class Template:

@@ -85,7 +85,7 @@ class FillMask(Task[str, list[list[Filled]]]):
             if not masks:
                 shown = texts[owner][:80]
                 raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
-            for row, share in _share(masks, rows_of[owner], len(ids[owner])):
+            for row, share in _share(masks, rows_of[owner]):
                 rows.append(row)
                 filled_by.append(share)
 
@@ -140,15 +140,13 @@ class FillMask(Task[str, list[list[Filled]]]):
             ]
 
 
-def _share(
-    masks: Sequence[int], rows: Sequence[Row], total: int
-) -> Iterator[tuple[Row, list[int]]]:
+def _share(masks: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, list[int]]]:
     """Of a text's rows those that fill masks, and which: each row those that it sees most around.
 
     Raises InputError for a mask that no row holds.
     """
     shares: list[list[int]] = [[] for _ in rows]
-    text_rows = TextRows(rows, total)
+    text_rows = TextRows(rows)
     for mask in masks:
         best = text_rows.best(mask, mask)
         if best is None:

@@ -106,7 +106,7 @@ class Tag(Task[str, Tagged]):
         found = self._run(rows, read, done)
         results = []
         for text, encoding, places in zip(texts, encodings, rows_of, strict=True):
-            text_rows = TextRows([rows[i] for i in places], len(encoding.ids))
+            text_rows = TextRows([rows[i] for i in places])
             words = list(self._words(text, encoding, text_rows, [found[i] for i in places]))
             results.append(Tagged(words, join_words(text, words)))
         return results

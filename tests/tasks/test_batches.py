@@ -96,9 +96,9 @@ def test_a_token_is_read_where_most_is_around_it(total, room, data) -> None:
         return min(sides, default=total)
 
     contexts = [context(*cut) if cut[0] <= first < cut[1] else None for cut in cuts]
-    best = TextRows(rows, total).best(first, last)
+    best = TextRows(rows).best(first, last)
     assert contexts[best] == max(c for c in contexts if c is not None)
-    assert TextRows(rows, total).best(total, total) is None
+    assert TextRows(rows).best(total, total) is None
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
@@ -143,6 +143,16 @@ def test_more_inputs_than_a_chunk(make_model) -> None:
     with pytest.raises(InputError, match="second: expected Unicode text") as error:
         task.many(inputs)
     assert error.value.index == len(inputs) - 1
+
+
+def test_an_input_is_found_in_whichever_chunk(make_model, monkeypatch) -> None:
+    monkeypatch.setattr("bertfast.tasks.task.CHUNK", 2)
+    fill = FillMask.from_pretrained(make_model("BertForPreTraining"))
+    texts = ["a [MASK]"] * 5
+    assert len(fill.many(texts)) == 5
+    with pytest.raises(InputError, match=r"input 3: text: expected at least one \[MASK\]") as error:
+        fill.many([*texts[:3], "none", "a [MASK]"])
+    assert error.value.index == 3
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
