@@ -85,7 +85,6 @@ REPLACEMENTS: dict[type[nn.Module], type[Accelerated]] = {
 }
 HEADS = tuple(cls for cls, made in REPLACEMENTS.items() if issubclass(made, AcceleratedMaskedLM))
 
-
 _made: dict[type[nn.Module], Any] = {}
 
 
@@ -150,7 +149,7 @@ def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool =
     for name, part in found.items():
         _check(f"model.{name}" if name else "model", part)
     if unpad is None:
-        unpad = not type(model).__name__.endswith("ForQuestionAnswering")
+        unpad = not any(type(x).__name__.endswith("ForQuestionAnswering") for x in model.modules())
     for part in found.values():
         part.__class__ = accelerated_class(type(part))
         part.bertfast_unpad = unpad
@@ -185,9 +184,9 @@ def restore(model: Model) -> Model:
     if not found:
         raise ValueError(f"model: expected an accelerated model, got {type(model).__name__}")
     for name, part in found:
-        if "forward" in part.__dict__:
+        if "forward" in part.__dict__ or "accelerated_from" not in type(part).__dict__:
             raise ValueError(
-                f"{name}: its forward was wrapped after accelerate(); unwrap it first "
+                f"{name}: its forward or class was wrapped after accelerate(); unwrap it first "
                 "(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
             )
     for _, part in found:

@@ -129,8 +129,7 @@ class AcceleratedModel(Accelerated):
         seed = draw_seed().to(tokens.device) if any(map(_drops, self._dropouts())) else None
         batch = Batch(packing, seed, backends.current())
         x = self._embed(call, rows, shape, batch)
-        # transformers' LayerNorms give float32 under autocast.
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = self._output_dtype(x)
         hidden_states = []
         for index, layer in enumerate(self._layers()):
             if asked["output_hidden_states"]:
@@ -140,6 +139,20 @@ class AcceleratedModel(Accelerated):
         x = pad(x.to(dtype), rows, shape)
         out = self._output(x, (*hidden_states, x) if asked["output_hidden_states"] else None)
         return out.to_tuple() if asked["return_dict"] is False else out
+
+    def _output_dtype(self, x: Tensor) -> torch.dtype:
+        """What transformers returns; under autocast the kernels keep the lower precision."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        if x.is_cuda:  # autocast runs LayerNorm in float32 there
+            return torch.float32
+        # On the CPU it is promoted to what the embedding gave, which no linear layer has lowered
+        # but ELECTRA's projection.
+        return (
+            x.dtype
+            if hasattr(self, "embeddings_project")
+            else self.embeddings.LayerNorm.weight.dtype
+        )
 
     def _pack(
         self, mask: Tensor | None, shape: tuple[int, int], device: torch.device
