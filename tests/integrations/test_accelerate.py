@@ -105,8 +105,10 @@ def test_losses_logits_and_gradients(family, head, mask):
     for key in out:
         parts = tuple(output[key].detach() for output in (reference, peer, out))
         assert parts[2].dtype == parts[1].dtype
-        if key == "logits" and parts[1].dim() == 3:
-            parts = tuple(x[inputs.attended] for x in parts)
+        if parts[1].dim() < 3:  # a few numbers, whose rounding is a matter of chance
+            torch.testing.assert_close(parts[2].double(), parts[0], rtol=1e-4, atol=1e-5)
+            continue
+        parts = tuple(x[inputs.attended] for x in parts)
         assert_no_worse(parts[2], parts[0], parts[1], kind="model", name=f"{name} {key}")
     check_gradients(got, expected, baseline, name)
 
@@ -124,10 +126,9 @@ def test_a_loss_without_logits(family):
         logits = "prediction_logits"
     exact, fast = double(model), accelerate(copy.deepcopy(model), output_logits=False)
     runs = [(m(**kwargs), m) for m in (exact, model, fast)]
-    (reference, _), (peer, _), (out, _) = runs
+    (reference, _), _, (out, _) = runs
     assert out[0] is out.loss and logits not in out
-    losses = (output.loss.detach() for output in (out, reference, peer))
-    assert_no_worse(*losses, kind="model", name=f"{family} loss")
+    torch.testing.assert_close(out.loss.double(), reference.loss, rtol=1e-5, atol=0)
     gradients = [gradients_of(m, o.loss) for o, m in runs]
     check_gradients(gradients[2], gradients[0], gradients[1], f"{family} without logits")
     assert fast(**inputs.kwargs)[logits] is not None  # without labels there is nothing else
