@@ -1,6 +1,7 @@
 """``accelerate(model)`` and ``restore(model)``."""
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -97,11 +98,16 @@ def accelerated_class(cls: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     made: Any = type(cls.__name__, (base, cls), {**names, "accelerated_from": cls})
     if "forward" not in made.__dict__:  # layers have one, which checkpoints
-        # Trainer looks at the parameters to find the columns that a model takes.
+
         @functools.wraps(cls.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return base.forward(self, *args, **kwargs)
 
+        # Trainer looks at the parameters to find the columns that a model takes. And through
+        # __wrapped__ the accelerate library, taking wrappers off, would go on to transformers'.
+        signature = inspect.signature(cls.forward)
+        del forward.__wrapped__
+        vars(forward)["__signature__"] = signature
         made.forward = forward
     _made[cls] = made
     return made
@@ -151,15 +157,15 @@ def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool =
     if unpad is None:
         unpad = not any(type(x).__name__.endswith("ForQuestionAnswering") for x in model.modules())
     for part in found.values():
-        part.__class__ = accelerated_class(type(part))
+        _become(part, accelerated_class(type(part)))
         part.bertfast_unpad = unpad
         for layer in part._layers():
-            layer.__class__ = accelerated_class(type(layer))
+            _become(layer, accelerated_class(type(layer)))
     heads: list[Any] = [part for part in model.modules() if isinstance(part, HEADS)]
     for head in heads:
         # One with a forward of its own keeps it.
         if any(_has_forward_of(head, known) for known in HEADS):
-            head.__class__ = accelerated_class(type(head))
+            _become(head, accelerated_class(type(head)))
             head.bertfast_logits = output_logits
     return model
 
@@ -184,7 +190,7 @@ def restore(model: Model) -> Model:
     if not found:
         raise ValueError(f"model: expected an accelerated model, got {type(model).__name__}")
     for name, part in found:
-        if "forward" in part.__dict__ or "accelerated_from" not in type(part).__dict__:
+        if _is_wrapped(part) or "accelerated_from" not in type(part).__dict__:
             raise ValueError(
                 f"{name}: its forward or class was wrapped after accelerate(); unwrap it first "
                 "(accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
@@ -192,8 +198,20 @@ def restore(model: Model) -> Model:
     for _, part in found:
         for option in ("bertfast_unpad", "bertfast_logits"):
             part.__dict__.pop(option, None)
-        part.__class__ = type(part).accelerated_from
+        _become(part, type(part).accelerated_from)
     return model
+
+
+def _become(part: nn.Module, cls: type[nn.Module]) -> None:
+    part.__dict__.pop("forward", None)
+    part.__class__ = cls
+
+
+def _is_wrapped(part: nn.Module) -> bool:
+    """Whether the instance has another forward than its class. What a wrapper leaves behind when
+    it goes, the class's own bound to the instance, is none."""
+    own = part.__dict__.get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(part).forward
 
 
 def _check(name: str, model: Any) -> None:
@@ -234,7 +252,7 @@ def _check_forward(name: str, part: nn.Module, expected: type[nn.Module]) -> Non
 
 
 def _has_forward_of(part: nn.Module, expected: type[nn.Module]) -> bool:
-    return type(part).forward is expected.forward and "forward" not in part.__dict__
+    return type(part).forward is expected.forward and not _is_wrapped(part)
 
 
 def _at(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -710,7 +710,8 @@ def _configure(**options):
 
 def _patch(model):
     layer = model.encoder.layer[1]
-    layer.forward = layer.forward
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     return model
 
 
