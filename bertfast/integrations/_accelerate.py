@@ -223,6 +223,10 @@ def _check(name: str, model: Any) -> None:
     for path, expected in PARTS[cls].items():
         for found, part in _at(model, path):
             _check_forward(f"{name}.{found}", part, expected)
+    for found, part in model.named_modules():
+        # One that was taken out leaves an Identity.
+        if found.endswith("dropout") and type(part) not in (nn.Dropout, nn.Identity):
+            raise TypeError(f"{name}.{found}: expected an nn.Dropout, got {type(part).__name__}")
     config = model.config
     for option in ("is_decoder", "add_cross_attention", "chunk_size_feed_forward"):
         if getattr(config, option, False):

@@ -52,7 +52,7 @@ class Batch:
 
     def dropout_p(self, dropout: Any) -> float:
         """The probability of a dropout module now: its own mode and ``p`` count."""
-        return dropout.p if dropout.training else 0.0
+        return dropout.p if _drops(dropout) else 0.0
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -74,6 +74,10 @@ def _is_plain_table(module: Any) -> bool:
         and not module.scale_grad_by_freq
         and not module.sparse
     )
+
+
+def _is_plain_norm(module: Any) -> bool:
+    return is_plain(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
 class Accelerated(nn.Module):
@@ -148,11 +152,9 @@ class AcceleratedModel(Accelerated):
             return torch.float32
         # On the CPU it is promoted to what the embedding gave, which no linear layer has lowered
         # but ELECTRA's projection.
-        return (
-            x.dtype
-            if hasattr(self, "embeddings_project")
-            else self.embeddings.LayerNorm.weight.dtype
-        )
+        if hasattr(self, "embeddings_project"):
+            return x.dtype
+        return self.embeddings.position_embeddings.weight.dtype
 
     def _pack(
         self, mask: Tensor | None, shape: tuple[int, int], device: torch.device
@@ -220,7 +222,7 @@ class AcceleratedModel(Accelerated):
             embeds = part.word_embeddings(ids)
         p = batch.dropout_p(part.dropout)
         tables = [table for table in (token_type, part.position_embeddings) if table is not None]
-        if not is_plain(part.LayerNorm, nn.LayerNorm) or not all(map(_is_plain_table, tables)):
+        if not _is_plain_norm(part.LayerNorm) or not all(map(_is_plain_table, tables)):
             x = part.word_embeddings(ids) if embeds is None else embeds
             x = x if token_type is None else x + token_type(types)
             x = part.LayerNorm(x + part.position_embeddings(positions))
@@ -262,7 +264,7 @@ _OTHER_WAYS = (
 
 
 def _drops(dropout: Any) -> bool:
-    return dropout.training and dropout.p > 0
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def _without_padding_gradient(table: nn.Embedding) -> Tensor:
@@ -427,7 +429,7 @@ def _add_norm(
 ) -> Tensor:
     """``norm(residual + dropout(x))``."""
     p = 0.0 if dropout is None else batch.dropout_p(dropout)
-    if not is_plain(norm, nn.LayerNorm):
+    if not _is_plain_norm(norm):
         dropped = ops.dropout(x, p, seed=batch.seed, site=site, backend=batch.backend)
         return norm(dropped + residual)
     return ops.layernorm(

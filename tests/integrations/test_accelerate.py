@@ -567,19 +567,21 @@ def test_hooks_and_replaced_linear_layers_are_called():
     assert seen == ["dense", (int(inputs.attended.sum()), 32)]
 
 
-def test_another_layernorm_is_called():
+def test_another_layernorm_is_called_and_a_dropout_may_be_gone():
     class Doubled(nn.LayerNorm):
         def forward(self, x):
             return super().forward(x) * 2
 
-    model = tiny("Bert", dropout=0.0)
+    model = tiny("Bert")
+    model.encoder.layer[0].output.dropout = nn.Identity()
+    model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
     for norms in (model.embeddings, model.encoder.layer[1].output):
         replaced = Doubled(32)
         replaced.load_state_dict(norms.LayerNorm.state_dict())
         norms.LayerNorm = replaced
     kwargs = make_inputs("Bert", "none").kwargs
     with torch.no_grad():
-        expected, out = model(**kwargs)[0], accelerate(model)(**kwargs)[0]
+        expected, out = model.train()(**kwargs)[0], accelerate(model)(**kwargs)[0]
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -728,6 +730,11 @@ def _dispatch(model):
             _replace("encoder.layer.1.attention.self", lambda model: nn.Identity()),
             TypeError,
             r"model\.encoder\.layer\.1\.attention\.self: expected BertSelfAttention, got Identity",
+        ),
+        (
+            _replace("encoder.layer.0.output.dropout", lambda model: nn.AlphaDropout(0.1)),
+            TypeError,
+            r"model\.encoder\.layer\.0\.output\.dropout: expected an nn\.Dropout, got AlphaDrop",
         ),
         (_patch, TypeError, r"model\.encoder\.layer\.1: expected BertLayer's forward"),
         (_configure(is_decoder=True), ValueError, r"config\.is_decoder: expected False, got True"),
