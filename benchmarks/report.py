@@ -206,6 +206,27 @@ def embed_section(rows: list[Row]) -> list[str]:
     return [title, model_table(rows, "embed texts", peers)]
 
 
+def accelerated_section(rows: list[Row]) -> list[str]:
+    """Transformers' own models on bertfast's kernels; nothing where they were not measured."""
+    lines = []
+    for group in by_group(rows, "accelerated step ").values():
+        ours, theirs = group["bertfast"], group["transformers"]
+        line = [f"{ours['case']}, {ours['dtype']}", milliseconds(theirs)]
+        for implementation in ("attention", "bertfast", "no_logits"):
+            row = group.get(implementation)
+            line += ["", ""] if row is None else [milliseconds(row), times(row, theirs)]
+        lines.append(line)
+    if not lines:
+        return []
+    ways = ('attn_implementation="bertfast"', "accelerate()", "accelerate(output_logits=False)")
+    columns = [column for way in ways for column in (f"`{way}`", "faster")]
+    return [
+        "**transformers' `BertForPreTraining`, its own BERT-base training step**, forward and "
+        "backward, dropout 0.1 ([docs/transformers.md](docs/transformers.md))",
+        table(["batch", "transformers (sdpa)", *columns], lines),
+    ]
+
+
 def report(data: dict[str, Any], source: str) -> str:
     """The Markdown between the README's markers."""
     rows = rows_of(data)
@@ -235,6 +256,7 @@ def report(data: dict[str, Any], source: str) -> str:
             model_table(
                 rows, "training step", {**TRANSFORMERS, "compile": "torch.compile of that"}
             ),
+            *accelerated_section(rows),
             "**Attention**, forward and backward, 12 heads of 64, dropout p; SDPA and eager get "
             "padded batches. Working memory is the peak beyond inputs and results",
             attention_table(rows),

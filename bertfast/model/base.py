@@ -218,7 +218,7 @@ class BertPreTrainedModel(nn.Module):
         if not _drops(self):
             return None
         if seed is None:
-            seed = _draw_seed()
+            seed = draw_seed()
         if isinstance(seed, int):
             seed = torch.tensor([seed], dtype=torch.int64, device="cpu")
         return seed.reshape(1).to(device)
@@ -241,7 +241,8 @@ def _drops(module: nn.Module) -> bool:
 
 # A compiled graph must not bake the draw in, nor take it from a device's generator.
 @torch.compiler.disable
-def _draw_seed() -> Tensor:
+def draw_seed() -> Tensor:
+    """A seed of dropout masks from torch's default CPU generator: int64 ``(1,)`` on the CPU."""
     return torch.empty(1, dtype=torch.int64, device="cpu").random_(-(2**63), None)
 
 
