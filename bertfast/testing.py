@@ -790,6 +790,8 @@ def _attention_cases() -> list[Case]:
         attention_case([70, 3], 1, 96, name="three_quarters", packed=True, dropout_p=0.1),
         attention_case([130, 40], 1, 128, name="full_width", packed=True, dropout_p=0.1),
         attention_case([2] * 20 + [150] + [3] * 20, 1, 8, name="many_sequences", dropout_p=0.1),
+        attention_case([10], 2, 64, name="few_queries", key_lengths=[200], dropout_p=0.1),
+        attention_case([0, 300, 5], 1, 8, name="no_queries", key_lengths=[70, 20, 0]),
     ]
 
 

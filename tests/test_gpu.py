@@ -160,10 +160,15 @@ def test_the_faster_backend_wins_where_both_are_green(data, tmp_path):
     assert report.winners(report.publish(data, results)) == {}
     file = tmp_path / "winners.json"
     file.write_text('{"sm_80": {"gelu": {"1": "triton"}}, "sm_90": {"dropout": {"1": "triton"}}}')
-    report.keep_winners(file, "sm_90", {"gelu": {"3072": "cuda"}})
-    assert json.loads(file.read_text()) == {
-        "sm_80": {"gelu": {"1": "triton"}}, "sm_90": {"gelu": {"3072": "cuda"}},
-    }  # fmt: skip
+    results["gates/gelu/triton/bfloat16"] = {"green": True}
+    report.keep_winners(file, "sm_90", report.publish(data, results))
+    kept = json.loads(file.read_text())
+    assert kept["sm_80"] == {"gelu": {"1": "triton"}}
+    assert kept["sm_90"] == {"gelu": {"3072": "triton"}, "dropout": {"1": "triton"}}
+    # What was timed and is red has no winner any more.
+    results["gates/gelu/triton/bfloat16"] = {"green": False}
+    report.keep_winners(file, "sm_90", report.publish(data, results))
+    assert json.loads(file.read_text())["sm_90"] == {"dropout": {"1": "triton"}}
 
 
 def test_emulation_and_device_are_compared(monkeypatch):

@@ -42,8 +42,7 @@ def main() -> int:
     arguments = arguments_of()
     # Last, so that this folder's bertfast does not stand in for an installed one.
     sys.path.append(str(ROOT))
-    if arguments.dry or arguments.emulated:
-        emulate_cuda()
+    failure = emulate_cuda() if arguments.dry or arguments.emulated else None
     checks, place, report, store, units = (
         importlib.import_module(f"benchmarks.gpu.{name}")
         for name in ("checks", "place", "report", "store", "units")
@@ -51,6 +50,9 @@ def main() -> int:
     if arguments.under_sanitizer:
         checks.under_sanitizer(*arguments.under_sanitizer)
         return 0
+    if arguments.emulated and failure is not None:
+        print(failure)
+        return int(checks.NOT_BUILT)
     if arguments.emulated:
         checks.emulated(*arguments.emulated)
         return 0
@@ -97,15 +99,19 @@ def main() -> int:
     return 1 if red else 0
 
 
-def emulate_cuda() -> None:
-    """Before bertfast is imported."""
+def emulate_cuda() -> Exception | None:
+    """Before bertfast is imported; why it cannot be built, or None."""
     for name, file in (("csrc_build", "build.py"), ("csrc_build_cuda", "build_cuda.py")):
         spec = importlib.util.spec_from_file_location(name, ROOT / "csrc" / file)
         assert spec is not None
         assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    sys.modules["csrc_build_cuda"].emulate(ROOT)
+    try:
+        sys.modules["csrc_build_cuda"].emulate(ROOT)
+    except sys.modules["csrc_build"].BuildError as error:
+        return error
+    return None
 
 
 def run(unit, kept, checks) -> bool:  # type: ignore[no-untyped-def]
@@ -145,10 +151,9 @@ def write(report, kept, expected, dry) -> None:  # type: ignore[no-untyped-def]
     target.with_suffix(".json").write_text(json.dumps(shown, indent=1) + "\n")
     target.with_suffix(".md").write_text(report.markdown(shown))
     print(f"written: {target.relative_to(ROOT)}.json and .md", flush=True)
-    fastest = report.winners(shown)
-    if not dry and fastest:
+    if not dry:
         file = ROOT / "bertfast" / "kernels" / "winners.json"
-        report.keep_winners(file, f"sm_{about['capability'].replace('.', '')}", fastest)
+        report.keep_winners(file, f"sm_{about['capability'].replace('.', '')}", shown)
         print(f"written: {file.relative_to(ROOT)}; commit it, and reinstall", flush=True)
 
 

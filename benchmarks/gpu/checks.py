@@ -18,6 +18,8 @@ from bertfast.testing import Case
 from .place import Place, benchmark_of
 
 FOLDER = Path(__file__).parent
+# The exit code where the compiler cannot build the emulation, which wants GCC 12 for its _Float16.
+NOT_BUILT = 76
 # Small cases, as an emulation can take them.
 SMALL = Place(dry=True)
 Result = dict[str, Any]
@@ -30,39 +32,53 @@ def is_sticky(error: BaseException) -> bool:
     return any(words in str(error) for words in said) or type(error).__name__ == "AcceleratorError"
 
 
-def _case(place: Place, word: str) -> Case:
-    """The word's case that has the most in it; on a GPU the one with more tiles than programs."""
+# Of attention, a case for each of its kernels: whole heads, and two passes in two widths.
+OF_ATTENTION = ("several_blocks", "two_passes", "full_width")
+
+
+def _cases(place: Place, word: str) -> list[Case]:
+    """The cases with the most in them; on a GPU the one with more tiles than programs."""
     cases = testing.CASES[word]
+    if word == "attention":
+        return [case for case in cases if case.name in OF_ATTENTION]
     if not place.dry and word in testing.MANY_TILES:
-        return testing.MANY_TILES[word]
+        return [testing.MANY_TILES[word]]
     for wanted in ("two_threads-p0.1", "two_threads", "several_blocks", "odd"):
         for case in cases:
             if case.name.startswith(wanted):
-                return case
-    return cases[-1]
+                return [case]
+    return cases[-1:]
 
 
 class _Call:
-    """Forward and backward of one case, on tensors that stay where they are."""
+    """Forward and backward of some cases, on tensors that stay where they are."""
 
-    def __init__(self, case: Case, backend: str, device: str, precision: str) -> None:
-        self.case, self.backend = case, backend
-        tensors = self.case.inputs(getattr(torch, precision), device=device)
-        self.leaves = [tensors[name].detach().requires_grad_() for name in self.case.grads]
-        self.tensors = {**tensors, **dict(zip(self.case.grads, self.leaves, strict=True))}
-        self.dout = testing.upstream_gradient(self.forward().detach(), "contiguous")
+    def __init__(self, cases: list[Case], backend: str, device: str, precision: str) -> None:
+        self.backend = backend
+        self.parts = []
+        for case in cases:
+            tensors = case.inputs(getattr(torch, precision), device=device)
+            leaves = [tensors[name].detach().requires_grad_() for name in case.grads]
+            tensors |= dict(zip(case.grads, leaves, strict=True))
+            out = case.op(tensors, backend).detach()
+            dout = testing.upstream_gradient(out, "contiguous")
+            self.parts.append((case, tensors, leaves, dout))
 
-    def forward(self) -> Tensor:
-        return self.case.op(self.tensors, self.backend)
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for _, _, leaves, _ in self.parts for leaf in leaves]
 
     def __call__(self) -> list[Tensor]:
-        out = self.forward()
-        return [out.detach(), *torch.autograd.grad(out, self.leaves, self.dout)]
+        results = []
+        for case, tensors, leaves, dout in self.parts:
+            out = case.op(tensors, self.backend)
+            results += [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+        return results
 
 
 def _call(place: Place, word: str, backend: str, device: str | None = None) -> _Call:
     precision = place.precision(word, backend)
-    return _Call(_case(place, word), backend, device or place.device, precision)
+    return _Call(_cases(place, word), backend, device or place.device, precision)
 
 
 def _same(results: list[Tensor], expected: list[Tensor]) -> bool:
@@ -78,14 +94,14 @@ def repeats(place: Place, word: str, backend: str) -> Result:
 
 def compiled(place: Place, word: str, backend: str) -> Result:
     """The gate through torch.compile, in one graph."""
-    case = _case(place, word)
     compiler = "aot_eager" if place.dry else "inductor"
-    try:
-        call = torch.compile(case.op, fullgraph=True, backend=compiler)
-        dtype = getattr(torch, place.precision(word, backend))
-        testing.run_gate(case, dtype, backend, device=place.device, apply=call)
-    finally:
-        torch.compiler.reset()
+    dtype = getattr(torch, place.precision(word, backend))
+    for case in _cases(place, word):
+        try:
+            call = torch.compile(case.op, fullgraph=True, backend=compiler)
+            testing.run_gate(case, dtype, backend, device=place.device, apply=call)
+        finally:
+            torch.compiler.reset()
     return {"green": True, "compiler": compiler}
 
 
@@ -185,7 +201,8 @@ def _in_a_process(place: Place, command: list[str], environment: dict[str, str])
         )
     except subprocess.TimeoutExpired:
         return {"green": False, "detail": f"still running after {seconds:.0f} s"}
-    return {"green": done.returncode == 0, "detail": done.stdout[-500:]}
+    green = done.returncode == 0
+    return {"green": green, "status": done.returncode, "detail": done.stdout[-500:]}
 
 
 def emulation(place: Place, word: str, backend: str) -> Result:
@@ -195,11 +212,13 @@ def emulation(place: Place, word: str, backend: str) -> Result:
     if backend != "cuda":
         return {"left_out": "it is not emulated"}
     precision = place.precision(word, backend)
-    call = _Call(_case(SMALL, word), backend, place.device, precision)
+    call = _Call(_cases(SMALL, word), backend, place.device, precision)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.pt"
         command = [sys.executable, "-P", str(FOLDER), "--emulated", word, str(file)]
         done = _in_a_process(place, [*command, precision], {})
+        if done.get("status") == NOT_BUILT:
+            return {"left_out": f"the emulation cannot be built here: {done['detail']}"}
         if not done["green"]:
             return done
         emulated = torch.load(file)
@@ -215,14 +234,15 @@ def emulation(place: Place, word: str, backend: str) -> Result:
 
 def emulated(word: str, path: str, precision: str) -> None:
     """What :func:`emulation` starts; writes its results."""
-    torch.save(_Call(_case(SMALL, word), "cuda", "cpu", precision)(), path)
+    torch.save(_Call(_cases(SMALL, word), "cuda", "cpu", precision)(), path)
 
 
 def under_sanitizer(word: str, backend: str) -> None:
     """What compute-sanitizer watches."""
+    of_kernels = _cases(SMALL, word) if word == "attention" else []
     for name in ("bfloat16", "float32"):
         if name in testing.precisions_of(word, backend):
-            for case in testing.cases_of(word, backend)[::6]:
+            for case in [*testing.cases_of(word, backend)[::6], *of_kernels]:
                 testing.run_gate(case, getattr(torch, name), backend, device="cuda")
 
 

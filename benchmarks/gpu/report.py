@@ -73,10 +73,13 @@ def winners(shown: dict[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
-def keep_winners(file: Path, architecture: str, found: dict[str, dict[str, str]]) -> None:
-    """Into the table that :mod:`bertfast.backends` chooses by, beside those of other GPUs."""
+def keep_winners(file: Path, architecture: str, shown: dict[str, Any]) -> None:
+    """Into the table that :mod:`bertfast.backends` chooses by, beside those of other GPUs and of
+    ops that were not timed."""
     table = json.loads(file.read_text())
-    table[architecture] = found
+    timed = {key.split("/")[1] for key, result in shown["results"].items() if "length" in result}
+    kept = {w: found for w, found in table.get(architecture, {}).items() if w not in timed}
+    table[architecture] = {**kept, **winners(shown)}
     file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

@@ -29,9 +29,14 @@ template <>
 struct pybind11::detail::type_caster<Strided> {
   PYBIND11_TYPE_CASTER(Strided, const_name("tuple[int, int, int]"));
   bool load(handle source, bool) {
+    if (!isinstance<tuple>(source)) return false;
     const auto given = reinterpret_borrow<tuple>(source);
-    value = {pointer(given[0].cast<uintptr_t>()), given[1].cast<int64_t>(),
-             given[2].cast<int64_t>()};
+    make_caster<uintptr_t> data;
+    make_caster<int64_t> token, head;
+    if (given.size() != 3 || !data.load(given[0], false) || !token.load(given[1], false) ||
+        !head.load(given[2], false))
+      return false;
+    value = {pointer(cast_op<uintptr_t>(data)), cast_op<int64_t>(token), cast_op<int64_t>(head)};
     return true;
   }
 };

@@ -24,7 +24,6 @@ int try_device(int device) {
   (void)device;
   return 0;
 #else
-  // A current device that is another one afterwards would be seen by nobody: every launch sets it.
   if (const cudaError_t failed = cudaSetDevice(device)) return static_cast<int>(failed);
   cudaFuncAttributes attributes;
   return static_cast<int>(

@@ -115,7 +115,8 @@ struct AttentionBackward : Attention {
 // a block has; and for longer ones its two passes, dq (and dots) before dk and dv.
 enum class AttentionPass : int { forward = 0, heads = 1, queries = 2, keys = 3 };
 
-// The runtime that is linked in keeps a current device of its own.
+// Makes the device current for the runtime that is linked in, and in the driver for torch's, too: who
+// calls it or try_device has it current already, or makes another one so again.
 int set_device(int device);
 // Whether the device can run what was compiled: its driver is new enough, and its architecture is
 // there.

@@ -1,10 +1,12 @@
+import sys
+
 import pytest
 import torch
 
 from bertfast import ops, testing
 from bertfast.backends import kernel
 from bertfast.errors import BackendError
-from bertfast.kernels import cpu
+from bertfast.kernels import cpu, cuda
 from bertfast.ops.dropout import attention_keep_mask
 
 SEED = testing.seed_tensor()
@@ -486,8 +488,8 @@ CUDA_MUTATIONS = {
     ),
     "forward reads the block of keys before": (
         "cuda/attention.cu",
-        "const int buffer = key / key_block % buffers * key_block;\n      const View",
-        "const int buffer = (key / key_block + 1) % buffers * key_block;\n      const View",
+        "const int buffer = key / key_block % buffers * a.key_rows;\n      const View",
+        "const int buffer = (key / key_block + 1) % buffers * a.key_rows;\n      const View",
     ),
     "the second pass reads the queries before": (
         "cuda/attention_backward.cu",
@@ -583,6 +585,27 @@ def test_what_cuda_does_not_take():
     assert takes(torch.ones(1, 1, 128).half()) is None
     assert "takes torch.bfloat16 and torch.float16" in takes(torch.ones(1, 1, 64))
     assert "heads have 129 elements; it takes up to 128" in takes(torch.ones(1, 1, 129).half())
+    assert "there are 65536 heads" in takes(torch.ones(1, 65536, 1).half())
+
+
+def test_cuda_takes_any_bound_of_the_lengths():
+    q = torch.randn(260, 1, 8).half()
+    lengths = {"cu_seqlens_q": cu(*[2] * 130), "backend": "cuda"}
+    outputs = [
+        ops.attention(q, q, q, max_seqlen_q=most, **lengths) for most in (2, 260, sys.maxsize)
+    ]
+    assert outputs[0].isfinite().all()
+    for out in outputs[1:]:
+        torch.testing.assert_close(out, outputs[0])
+
+
+@pytest.mark.parametrize("strided", [5, None, [0, 8, 8], (0, 8), (0, 8, 8, 8), (-1, 8, 8), "q"])
+def test_the_cuda_binding_checks_its_arguments(strided):
+    forward = cuda.library().attention_forward
+    good = (0, 8, 8)
+    numbers = (0, 0, 0, 0, 0, 0, 0, 1, 8, 0, 0, 1.0, 0, 0, False, 1, 4, 1, 16, False, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        forward(0, 1, 0, good, strided, good, good, *numbers)
 
 
 def test_cuda_says_how_much_shared_memory_it_needs(monkeypatch):

@@ -69,7 +69,8 @@ def emulated() -> bool:
 def _unusable(device: int) -> str | None:
     """Why the device runs nothing of the module, an old driver or another architecture, or None."""
     if device not in _tried:
-        status = library().try_device(device)
+        with torch.cuda.device(device):
+            status = library().try_device(device)
         text = library().status_text(status)
         _tried[device] = f"cuda:{device} cannot run bertfast._cuda: {text}" if status else None
     return _tried[device]

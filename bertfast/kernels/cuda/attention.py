@@ -9,6 +9,8 @@ from bertfast.kernels.layout import address, by_head, dense
 
 # Columns of a head's tiles.
 WIDTHS = (32, 64, 96, 128)
+# A grid's second dimension.
+MOST_HEADS = 65535
 # Bytes of a multiprocessor's shared memory that the system takes for each block.
 RESERVED = 1024
 # Keys that are worked on together, and queries of a warp.
@@ -22,7 +24,9 @@ def supports(x: Tensor) -> str | None:
         return reason
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the input is {x.dtype}; it takes torch.bfloat16 and torch.float16"
-    head_dim = x.shape[-1]
+    heads, head_dim = x.shape[-2:]
+    if heads > MOST_HEADS:
+        return f"there are {heads} heads; it takes up to {MOST_HEADS}"
     if head_dim > WIDTHS[-1]:
         return f"heads have {head_dim} elements; it takes up to {WIDTHS[-1]}"
     needed = shared_bytes(PASS_OF_KEYS, head_dim, 8, 1, KEYS, False)
@@ -127,6 +131,8 @@ def forward(
     q, k, v = by_head(q), by_head(k), by_head(v)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     tokens, heads, head_dim = q.shape
+    # No sequence is longer than all, whatever bound was given.
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, k.shape[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
     launch(
@@ -179,6 +185,7 @@ def backward(
     dout, out, logsumexp = dense(dout), dense(out), dense(logsumexp)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     tokens, heads, head_dim = q.shape
+    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, k.shape[0])
     there = shared_memory_of(q)
     whole = whole_head(max_seqlen_q, max_seqlen_k, head_dim, there)
     facts = None if whole else torch.empty(heads, tokens, 2, dtype=torch.float32, device=q.device)
