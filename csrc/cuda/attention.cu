@@ -6,7 +6,7 @@
 namespace bertfast {
 namespace {
 
-struct Forward : AttentionForward {
+struct Forward : Attention {
   int64_t each;  // as Blocks has it
   bool wide;
 };
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(256, D > 64 ? 1 : 2) attention_kernel(Forward 
 
 }  // namespace
 
-int attention_forward(const AttentionForward& a, void* stream) {
+int attention_forward(const Attention& a, void* stream) {
   const Blocks blocks(a.tokens_q, a.batch, a.longest_q, warp_rows * a.warps);
   const bool all_wide = wide(a.q, a.head_dim) && wide(a.k, a.head_dim) && wide(a.v, a.head_dim) &&
                         wide(a.out, a.head_dim);

@@ -11,7 +11,7 @@
 namespace bertfast {
 namespace {
 
-struct Backward : AttentionBackward {
+struct Backward : Attention {
   int64_t each;  // as Blocks has it, of the rows a block owns
   bool wide;
 };
@@ -358,7 +358,7 @@ int launch_queries(const Backward& b, const dim3& grid, void* stream) {
 
 }  // namespace
 
-int attention_backward(AttentionPass pass, const AttentionBackward& a, void* stream) {
+int attention_backward(AttentionPass pass, const Attention& a, void* stream) {
   bool all_wide = true;
   for (const Strided* x : {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv})
     all_wide = all_wide && wide(*x, a.head_dim);

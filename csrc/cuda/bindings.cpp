@@ -97,51 +97,26 @@ PYBIND11_MODULE(_cuda, m) {
                           threshold, site, dtype_of(dtype)},
                          processors, pointer(stream));
         });
-  m.def("attention_forward",
-        [](int device, int, uintptr_t stream, Strided q, Strided k, Strided v, Strided out,
-           uintptr_t logsumexp, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k, uintptr_t seed,
-           int64_t tokens_q, int64_t tokens_k, int64_t batch, int64_t heads, int64_t head_dim,
-           int64_t longest_q, int64_t longest_k, float scale, uint32_t threshold, uint32_t site,
-           bool causal, int dtype, int warps, int heads_together, int key_rows, bool ahead,
-           int64_t shared_bytes) {
-          if (const int failed = set_device(device)) return failed;
-          const Attention a{q,
-                            k,
-                            v,
-                            pointer<int32_t>(cu_seqlens_q),
-                            pointer<int32_t>(cu_seqlens_k),
-                            pointer<int64_t>(seed),
-                            tokens_q,
-                            tokens_k,
-                            batch,
-                            heads,
-                            head_dim,
-                            longest_q,
-                            longest_k,
-                            scale,
-                            threshold,
-                            site,
-                            causal,
-                            dtype_of(dtype),
-                            warps,
-                            heads_together,
-                            key_rows,
-                            ahead,
-                            shared_bytes};
-          return attention_forward({a, out, pointer<float>(logsumexp)}, pointer(stream));
-        });
+  // Of any pass; what it does not take is null.
   m.def(
-      "attention_backward",
-      [](int device, int, uintptr_t stream, int pass, Strided dout, Strided q, Strided k, Strided v,
-         Strided out, Strided dq, Strided dk, Strided dv, uintptr_t logsumexp, uintptr_t dots,
+      "attention",
+      [](int device, int, uintptr_t stream, int pass, Strided q, Strided k, Strided v, Strided out,
+         uintptr_t logsumexp, Strided dout, Strided dq, Strided dk, Strided dv, uintptr_t facts,
          uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k, uintptr_t seed, int64_t tokens_q,
          int64_t tokens_k, int64_t batch, int64_t heads, int64_t head_dim, int64_t longest_q,
          int64_t longest_k, float scale, uint32_t threshold, uint32_t site, bool causal, int dtype,
          int warps, int heads_together, int key_rows, bool ahead, int64_t shared_bytes) {
         if (const int failed = set_device(device)) return failed;
         const Attention a{q,
+                          out,
                           k,
                           v,
+                          pointer<float>(logsumexp),
+                          dout,
+                          dq,
+                          dk,
+                          dv,
+                          pointer<float>(facts),
                           pointer<int32_t>(cu_seqlens_q),
                           pointer<int32_t>(cu_seqlens_k),
                           pointer<int64_t>(seed),
@@ -162,10 +137,9 @@ PYBIND11_MODULE(_cuda, m) {
                           key_rows,
                           ahead,
                           shared_bytes};
-        return attention_backward(
-            static_cast<AttentionPass>(pass),
-            {a, dout, out, pointer<float>(logsumexp), pointer<float>(dots), dq, dk, dv},
-            pointer(stream));
+        const auto which = static_cast<AttentionPass>(pass);
+        return which == AttentionPass::forward ? attention_forward(a, pointer(stream))
+                                               : attention_backward(which, a, pointer(stream));
       });
 
 #if defined(BERTFAST_EMULATION)

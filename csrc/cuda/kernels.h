@@ -80,10 +80,13 @@ struct Strided {
   int64_t token, head;
 };
 
-// What forward and backward have in common.
 struct Attention {
-  Strided q;                                   // tokens_q
-  Strided k, v;                                // tokens_k
+  Strided q, out;            // tokens_q
+  Strided k, v;              // tokens_k
+  float* logsumexp;          // (heads, tokens_q), natural
+  Strided dout, dq, dk, dv;  // backward's: as out, q, k, v
+  float* facts;              // (heads, tokens_q, 2): what backward's first pass keeps
+                             // for its second; else null
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1)
   const int64_t* seed;                         // one element; null without dropout
   int64_t tokens_q, tokens_k, batch, heads, head_dim;
@@ -97,18 +100,6 @@ struct Attention {
   int key_rows;          // of a tile of keys: 64, or as many as the longest sequence needs
   bool ahead;            // the next tile is copied while one is worked on, to a place of its own
   int64_t shared_bytes;  // of dynamic shared memory, for all that
-};
-
-struct AttentionForward : Attention {
-  Strided out;       // as q
-  float* logsumexp;  // (heads, tokens_q), natural
-};
-
-struct AttentionBackward : Attention {
-  Strided dout, out;       // as q
-  const float* logsumexp;  // (heads, tokens_q)
-  float* facts;            // (heads, tokens_q, 2): what the first pass keeps for the second
-  Strided dq, dk, dv;      // as q, k, v; written
 };
 
 // The kernels of attention: forward; backward of whole heads, of sequences with no more queries than
@@ -129,7 +120,7 @@ int layernorm_backward(const LayernormBackward& a, int processors, void* stream)
 int gelu_forward(const GeluForward& a, int processors, void* stream);
 int gelu_backward(const GeluBackward& a, int processors, void* stream);
 int dropout(const Dropout& a, int processors, void* stream);
-int attention_forward(const AttentionForward& a, void* stream);
-int attention_backward(AttentionPass pass, const AttentionBackward& a, void* stream);
+int attention_forward(const Attention& a, void* stream);
+int attention_backward(AttentionPass pass, const Attention& a, void* stream);
 
 }  // namespace bertfast

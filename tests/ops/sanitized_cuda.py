@@ -115,21 +115,19 @@ def attention(lib: Any, draw: Callable[[Any], Any], b: Half) -> list[int]:
         -0.3, threshold, 0xFFFFFFFF, causal, code,
     )  # fmt: skip
 
-    def layout(kernel: int) -> tuple[int, int, int, bool, int]:
-        return plan(kernel, longest_q, longest_k, d, there)
+    no_backward = ((0, 0, 0),) * 4
 
-    forward = lib.attention_forward(0, 1, 0, q, k, v, out, logsumexp, *sizes, *layout(FORWARD))
+    def launch(kernel: int) -> int:
+        backward = no_backward if kernel == FORWARD else (dout, dq, dk, dv)
+        return lib.attention(
+            0, 1, 0, kernel, q, k, v, out, logsumexp, *backward, facts, *sizes,
+            *plan(kernel, longest_q, longest_k, d, there),
+        )  # fmt: skip
+
     whole = whole_head(longest_q, longest_k, d, there) and draw(st.booleans())
     return [
-        forward,
-        *(
-            lib.attention_backward(
-                0, 1, 0, kernel, dout, q, k, v, out, dq, dk, dv, logsumexp, facts, *sizes,
-                *layout(kernel),
-            )
-            for kernel in ((HEADS,) if whole else (QUERIES, PASS_OF_KEYS))
-        ),
-    ]  # fmt: skip
+        launch(kernel) for kernel in (FORWARD, *((HEADS,) if whole else (QUERIES, PASS_OF_KEYS)))
+    ]
 
 
 def main(path: str, count: int) -> None:

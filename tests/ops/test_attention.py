@@ -601,11 +601,10 @@ def test_cuda_takes_any_bound_of_the_lengths():
 
 @pytest.mark.parametrize("strided", [5, None, [0, 8, 8], (0, 8), (0, 8, 8, 8), (-1, 8, 8), "q"])
 def test_the_cuda_binding_checks_its_arguments(strided):
-    forward = cuda.library().attention_forward
     good = (0, 8, 8)
     numbers = (0, 0, 0, 0, 0, 0, 0, 1, 8, 0, 0, 1.0, 0, 0, False, 1, 4, 1, 16, False, 0)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        forward(0, 1, 0, good, strided, good, good, *numbers)
+        cuda.library().attention(0, 1, 0, 0, good, strided, good, good, 0, *[good] * 4, *numbers)
 
 
 def test_cuda_says_how_much_shared_memory_it_needs(monkeypatch):

@@ -114,6 +114,65 @@ def _strided(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
+_NULL = (0, 0, 0)
+
+
+def _launch(
+    kernels: tuple[int, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    backward: tuple[tuple[int, int, int], ...],
+    facts: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    longest: tuple[int, int],
+    scale: float,
+    causal: bool,
+    seed: Tensor | None,
+    threshold: int,
+    site: int,
+) -> None:
+    """Launch kernels one after another. ``backward``: dout and the gradients, or nulls."""
+    tokens, heads, head_dim = q.shape
+    there, tensors = shared_memory_of(q), [_strided(x) for x in (q, k, v, out)]
+    for kernel in kernels:
+        launch(
+            "attention",
+            q,
+            kernel,
+            *tensors,
+            logsumexp.data_ptr(),
+            *backward,
+            address(facts),
+            cu_seqlens_q.data_ptr(),
+            cu_seqlens_k.data_ptr(),
+            address(seed),
+            tokens,
+            k.shape[0],
+            cu_seqlens_q.shape[0] - 1,
+            heads,
+            head_dim,
+            *longest,
+            scale,
+            threshold,
+            site,
+            causal,
+            dtype_code(q),
+            *plan(kernel, *longest, head_dim, there),
+            kernel_number=kernel,
+            q=tuple(q.shape),
+            k=tuple(k.shape),
+        )
+
+
+def _longest(q: Tensor, k: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> tuple[int, int]:
+    """No sequence is longer than all together, whatever bound was given."""
+    return min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -130,35 +189,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = by_head(q), by_head(k), by_head(v)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    tokens, heads, head_dim = q.shape
-    # No sequence is longer than all, whatever bound was given.
-    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, k.shape[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=q.device)
-    launch(
-        "attention_forward",
-        q,
-        *map(_strided, (q, k, v, out)),
-        logsumexp.data_ptr(),
-        cu_seqlens_q.data_ptr(),
-        cu_seqlens_k.data_ptr(),
-        address(seed),
-        tokens,
-        k.shape[0],
-        cu_seqlens_q.shape[0] - 1,
-        heads,
-        head_dim,
-        max_seqlen_q,
-        max_seqlen_k,
-        scale,
-        threshold,
-        site,
-        causal,
-        dtype_code(q),
-        *plan(FORWARD, max_seqlen_q, max_seqlen_k, head_dim, shared_memory_of(q)),
-        q=tuple(q.shape),
-        k=tuple(k.shape),
-    )
+    logsumexp = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    longest = _longest(q, k, max_seqlen_q, max_seqlen_k)
+    _launch(
+        (FORWARD,), q, k, v, out, logsumexp, (_NULL,) * 4, None, cu_seqlens_q, cu_seqlens_k,
+        longest, scale, causal, seed, threshold, site,
+    )  # fmt: skip
     return out, logsumexp
 
 
@@ -184,35 +221,14 @@ def backward(
     q, k, v = by_head(q), by_head(k), by_head(v)
     dout, out, logsumexp = dense(dout), dense(out), dense(logsumexp)
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    tokens, heads, head_dim = q.shape
-    max_seqlen_q, max_seqlen_k = min(max_seqlen_q, tokens), min(max_seqlen_k, k.shape[0])
-    there = shared_memory_of(q)
-    whole = whole_head(max_seqlen_q, max_seqlen_k, head_dim, there)
-    facts = None if whole else torch.empty(heads, tokens, 2, dtype=torch.float32, device=q.device)
-    for kernel in (HEADS,) if whole else (QUERIES, PASS_OF_KEYS):
-        launch(
-            "attention_backward",
-            q,
-            kernel,
-            *map(_strided, (dout, q, k, v, out, *gradients)),
-            logsumexp.data_ptr(),
-            address(facts),
-            cu_seqlens_q.data_ptr(),
-            cu_seqlens_k.data_ptr(),
-            address(seed),
-            tokens,
-            k.shape[0],
-            cu_seqlens_q.shape[0] - 1,
-            heads,
-            head_dim,
-            max_seqlen_q,
-            max_seqlen_k,
-            scale,
-            threshold,
-            site,
-            causal,
-            dtype_code(q),
-            *plan(kernel, max_seqlen_q, max_seqlen_k, head_dim, there),
-            q=tuple(q.shape),
-            k=tuple(k.shape),
-        )
+    longest = _longest(q, k, max_seqlen_q, max_seqlen_k)
+    kernels: tuple[int, ...] = (HEADS,)
+    facts = None
+    if not whole_head(*longest, q.shape[2], shared_memory_of(q)):
+        kernels = (QUERIES, PASS_OF_KEYS)
+        facts = torch.empty(*logsumexp.shape, 2, dtype=torch.float32, device=q.device)
+    written = tuple(map(_strided, (dout, *gradients)))
+    _launch(
+        kernels, q, k, v, out, logsumexp, written, facts, cu_seqlens_q, cu_seqlens_k,
+        longest, scale, causal, seed, threshold, site,
+    )  # fmt: skip
