@@ -567,6 +567,94 @@ def test_hooks_and_replaced_linear_layers_are_called():
     assert seen == ["dense", (int(inputs.attended.sum()), 32)]
 
 
+def _hundredth(out):
+    return tuple(x * 0.01 for x in out) if isinstance(out, tuple) else out * 0.01
+
+
+def _scale(model, path):
+    """Put a part of a subclass, whose outputs are a hundredth, in the place of a part."""
+    parent, _, name = path.rpartition(".")
+    part = model.get_submodule(path)
+
+    class Scaled(type(part)):
+        def forward(self, *args, **kwargs):
+            return _hundredth(super().forward(*args, **kwargs))
+
+    part = copy.deepcopy(part)
+    part.__class__ = Scaled
+    setattr(model.get_submodule(parent), name, part)
+    model.tie_weights()
+
+
+HEAD_PARTS = [
+    ("BertForMaskedLM", "cls"),
+    ("BertForMaskedLM", "cls.predictions"),
+    ("BertForMaskedLM", "cls.predictions.transform"),
+    ("BertForPreTraining", "cls"),
+    ("BertForPreTraining", "cls.predictions"),
+    ("RobertaForMaskedLM", "lm_head"),
+    ("XLMRobertaForMaskedLM", "lm_head"),
+    ("ElectraForMaskedLM", "generator_predictions"),
+    ("DistilBertForMaskedLM", "vocab_transform"),
+    ("DistilBertForMaskedLM", "vocab_layer_norm"),
+    ("DistilBertForMaskedLM", "vocab_projector"),
+    ("DistilBertForMaskedLM", "mlm_loss_fct"),
+]
+
+
+@pytest.mark.parametrize(("cls", "path"), HEAD_PARTS)
+def test_replaced_or_hooked_parts_of_a_head_are_called(cls, path):
+    family, _, head = cls.partition("For")
+    model = tiny(family, f"For{head}")
+    kwargs = make_inputs(family, "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    if head == "PreTraining":
+        kwargs["next_sentence_label"] = torch.arange(4) % 2
+    plain = accelerate(copy.deepcopy(model))
+    hooked = copy.deepcopy(plain)
+    hooked.get_submodule(path).register_forward_hook(lambda m, args, out: _hundredth(out))
+    _scale(model, path)
+    scaled = accelerate(copy.deepcopy(model), output_logits=False).train()
+    with torch.no_grad():
+        expected, before = model(**kwargs), plain(**kwargs)
+        for m in (hooked, scaled):
+            out = m(**kwargs)
+            torch.testing.assert_close(out.loss, expected.loss, rtol=1e-4, atol=1e-5)
+            # DistilBERT's transform is called on labelled tokens alone: then there are no logits.
+            for ours, theirs in zip(out.to_tuple()[1:], expected.to_tuple()[1:], strict=False):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before.loss, expected.loss, rtol=1e-3)
+
+
+def test_all_hooks_on_activations_are_called():
+    model = accelerate(tiny("Bert")).train()
+    seen = []
+    activation = model.encoder.layer[0].intermediate.intermediate_act_fn
+    activation.register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(**make_inputs("Bert").kwargs)[0].sum().backward()
+    assert seen == ["backward"]
+
+
+def test_a_head_of_another_kind_is_called():
+    model = tiny("Bert", "ForMaskedLM")
+    model.cls = nn.Linear(32, 53)
+    kwargs = make_inputs("Bert", "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    with torch.no_grad():
+        expected, out = model(**kwargs), accelerate(model)(**kwargs)
+    torch.testing.assert_close(tuple(out.values()), tuple(expected.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_distilbert_may_be_another():
+    model = tiny("DistilBert", "ForMaskedLM")
+    model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
+    kwargs = make_inputs("DistilBert", "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    with torch.no_grad():
+        expected, out = model(**kwargs).loss, accelerate(model)(**kwargs).loss
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_another_layernorm_is_called_and_a_dropout_may_be_gone():
     class Doubled(nn.LayerNorm):
         def forward(self, x):
