@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bertfast
+from bertfast.integrations import _accelerate
+from bertfast.integrations._accelerate import accelerated_class
 from bertfast.integrations.transformers import accelerate, restore
 from bertfast.model.base import draw_seed
 from bertfast.ops.dropout import attention_keep_mask, dropout_scale, dropout_threshold, keep_mask
@@ -655,6 +657,40 @@ def test_the_loss_of_distilbert_may_be_another():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_layers_that_are_one(family):
+    model = tiny(family, "ForMaskedLM").train()
+    layers = (getattr(model.base_model, "encoder", None) or model.base_model.transformer).layer
+    layers[1] = layers[0]
+    kwargs = make_inputs(family).kwargs
+    kwargs["labels"] = kwargs["input_ids"].masked_fill(kwargs["attention_mask"] == 0, -100)
+    expected, classes = model(**kwargs).loss, [type(m) for m in model.modules()]
+    runs = []
+    for m in (double(model), copy.deepcopy(model), accelerate(model)):
+        out = m(**kwargs)
+        runs.append((out.loss.detach(), gradients_of(m, out.loss)))
+    torch.testing.assert_close(runs[2][0].double(), runs[0][0], rtol=1e-5, atol=0)
+    check_gradients(runs[2][1], runs[0][1], runs[1][1], "one layer twice")
+    restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(**kwargs).loss, expected)
+
+
+def test_an_error_changes_nothing(monkeypatch):
+    model = tiny("Bert", "ForMaskedLM")
+    classes = [type(m) for m in model.modules()]
+
+    def refuse(cls):
+        if cls is transformers.BertForMaskedLM:
+            raise TypeError("no class")
+        return accelerated_class(cls)
+
+    monkeypatch.setattr(_accelerate, "accelerated_class", refuse)
+    with pytest.raises(TypeError, match="no class"):
+        accelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
 def test_another_layernorm_is_called_and_a_dropout_may_be_gone():
     class Doubled(nn.LayerNorm):
         def forward(self, x):
@@ -772,6 +808,11 @@ def test_twice_is_once_too_often():
         accelerate(model)
 
 
+def _share(model):
+    model.encoder.layer[1] = accelerate(tiny("Bert")).encoder.layer[1]
+    return model
+
+
 def _subclass(model):
     class Mine(transformers.BertModel):
         def forward(self, *args, **kwargs):
@@ -824,6 +865,7 @@ def _dispatch(model):
             TypeError,
             r"model\.encoder\.layer\.0\.output\.dropout: expected an nn\.Dropout, got AlphaDrop",
         ),
+        (_share, ValueError, r"model\.encoder\.layer\.1: expected a layer as .* accelerated"),
         (_patch, TypeError, r"model\.encoder\.layer\.1: expected BertLayer's forward"),
         (_configure(is_decoder=True), ValueError, r"config\.is_decoder: expected False, got True"),
         (
