@@ -108,6 +108,10 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
             },
         }
         _replace(temporary, out)
+    except OSError as error:
+        if error.strerror and _is_of(temporary, error):
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -174,6 +178,13 @@ def _check_out(out: Path, source: Path, force: bool) -> None:
         )
 
 
+def _is_of(temporary: Path, error: OSError) -> bool:
+    """Whether an error names ``temporary`` or what is in it, which nobody knows who reads it. Of a
+    copy that fails both files are named."""
+    named = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+    return any(temporary in (file, *file.parents) for file in named)
+
+
 def _replace(temporary: Path, out: Path) -> None:
     """Put a complete directory in place of ``out``, which is moved aside first and removed last."""
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
@@ -214,10 +225,12 @@ def _put_companions(
         except Exception as error:  # the tokenizers library raises nothing more special
             raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
         if lowercase not in (None, is_lowercase(tokenizer)):
+            does = "keeps case" if lowercase else "lower-cases"
+            expected, got = ("--cased", "--uncased") if lowercase else ("--uncased", "--cased")
             raise ValueError(
-                f"lowercase: expected {not lowercase}, which {file} has, got {lowercase}"
+                f"--cased/--uncased: expected {expected} or neither, as {file} {does}, got {got}"
             )
-        _limit_length(out / "tokenizer_config.json", config.max_position_embeddings)
+        _limit_length(source, out, config.max_position_embeddings)
     elif (source / "vocab.txt").is_file():
         tokenizer = load_tokenizer(source, lowercase=lowercase)
         save_tokenizer(tokenizer, out, max_length=config.max_position_embeddings)
@@ -232,11 +245,13 @@ def _put_companions(
     return {"tokens": tokens, "lowercase": is_lowercase(tokenizer)}
 
 
-def _limit_length(file: Path, length: int) -> None:
+def _limit_length(source: Path, out: Path, length: int) -> None:
     """No tokenizer should make texts longer than the position table."""
+    file = source / "tokenizer_config.json"
     values = read_json(file) if file.is_file() else None
     if isinstance(values, dict):
         found = values.get("model_max_length")
         if isinstance(found, (int, float)) and found > length:
             values["model_max_length"] = length
-            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(values, indent=2)
+            (out / file.name).write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@ written."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -283,9 +284,38 @@ def test_tokenizers_that_do_not_fit(saved, tmp_path):
 
 
 def test_a_flag_does_not_contradict_the_tokenizer(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"^lowercase: expected True, which .* has, got False"):
+    message = (
+        r"^--cased/--uncased: expected --uncased or neither, as .*/tokenizer\.json lower-cases"
+    )
+    with pytest.raises(ValueError, match=message + ", got --cased$"):
         run(saved, tmp_path / "out", lowercase=False)
     run(saved, tmp_path / "out", lowercase=True)
+
+
+def test_what_cannot_be_read_or_written_goes_by_the_name_it_was_given(saved, tmp_path, capsys):
+    out = tmp_path / ("long" * 63)  # what is written beside it has a longer name
+    assert main(["convert", str(saved), str(out)]) == 2
+    assert (
+        capsys.readouterr().err == f"bertfast convert: {out}: {os.strerror(errno.ENAMETOOLONG)}\n"
+    )
+    config = saved / "tokenizer_config.json"
+    config.write_text("{")
+    assert main(["convert", str(saved), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"bertfast convert: {config}: expected JSON, got 1 ")
+    config.unlink()
+    config.symlink_to("nowhere")  # left out, as what is no file
+    run(saved, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "saved"]
+
+
+def test_a_copy_that_fails_names_the_place(saved, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(module.shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(saved, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out")
 
 
 def test_the_command(tmp_path, capsys):

@@ -136,7 +136,8 @@ def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool =
 
     Raises:
         TypeError, ValueError: ``model`` is none of them, is accelerated already, is a decoder, or
-            has parts that were replaced; the message names what. Nothing is changed then.
+            has parts that were replaced; the message names what. Nothing is changed then. Heads are
+            not refused: what is no head of transformers' computes as it did.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -156,17 +157,24 @@ def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool =
         _check(f"model.{name}" if name else "model", part)
     if unpad is None:
         unpad = not any(type(x).__name__.endswith("ForQuestionAnswering") for x in model.modules())
-    for part in found.values():
-        _become(part, accelerated_class(type(part)))
-        part.bertfast_unpad = unpad
-        for layer in part._layers():
-            _become(layer, accelerated_class(type(layer)))
-    heads: list[Any] = [part for part in model.modules() if isinstance(part, HEADS)]
-    for head in heads:
+    # All classes are made before one is given: an error changes nothing. A part that is there twice
+    # (ALBERT's way to share a layer) has one.
+    classes = {part: accelerated_class(type(part)) for part in found.values()}
+    for part, cls in list(classes.items()):
+        classes.update((layer, accelerated_class(type(layer))) for layer in cls._layers(part))
+    heads: list[Any] = [
+        part
+        for part in model.modules()
         # One with a forward of its own keeps it.
-        if any(_has_forward_of(head, known) for known in HEADS):
-            _become(head, accelerated_class(type(head)))
-            head.bertfast_logits = output_logits
+        if isinstance(part, HEADS) and any(_has_forward_of(part, known) for known in HEADS)
+    ]
+    classes.update((head, accelerated_class(type(head))) for head in heads)
+    for part, cls in classes.items():
+        _become(part, cls)
+    for part in found.values():
+        part.bertfast_unpad = unpad
+    for head in heads:
+        head.bertfast_logits = output_logits
     return model
 
 
@@ -248,6 +256,8 @@ def _check(name: str, model: Any) -> None:
 def _check_forward(name: str, part: nn.Module, expected: type[nn.Module]) -> None:
     if not isinstance(part, expected):
         raise TypeError(f"{name}: expected {expected.__name__}, got {type(part).__name__}")
+    if isinstance(part, Accelerated):
+        raise ValueError(f"{name}: expected a layer as transformers made it, it is accelerated")
     if not _has_forward_of(part, expected):
         raise TypeError(
             f"{name}: expected {expected.__name__}'s forward, got that of {type(part).__name__}, "

@@ -7,10 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.models.bert.modeling_bert import (
+    BertForPreTrainingOutput,
+    BertLMPredictionHead,
+    BertOnlyMLMHead,
+    BertPredictionHeadTransform,
+    BertPreTrainingHeads,
+)
+from transformers.models.electra.modeling_electra import ElectraGeneratorPredictions
+from transformers.models.roberta.modeling_roberta import RobertaLMHead
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHead
 
 from bertfast import ops
-from bertfast.integrations._layers import Accelerated, is_plain
+from bertfast.integrations._layers import Accelerated, is_computed_by, is_plain
 from bertfast.ops._checks import check_shape
 
 IGNORED = -100
@@ -21,7 +30,8 @@ class AcceleratedMaskedLM(Accelerated):
     """A masked-LM model. Its loss multiplies the labelled tokens with the vocabulary and no others.
 
     The logits are transformers' own, of all tokens, and cost what they cost; nothing goes back
-    through them unless the caller's own loss does.
+    through them unless the caller's own loss does. A head that has hooks, or parts with another
+    forward than transformers', is transformers' to compute, at each call anew.
     """
 
     bertfast_logits: bool
@@ -30,14 +40,15 @@ class AcceleratedMaskedLM(Accelerated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
-        transform, decoder = self._predictions()
         # Beyond three, the models' positional arguments differ.
-        if labels is None or len(args) > 3 or not is_plain(decoder, nn.Linear):
+        found = None if labels is None or len(args) > 3 else self._predictions()
+        if found is None or not is_plain(found[1], nn.Linear):
             return super().forward(*args, **kwargs)
-        return self._with_loss(args, dict(kwargs), transform, decoder)
+        return self._with_loss(args, dict(kwargs), *found)
 
-    def _predictions(self) -> tuple[Transform, Any]:
-        """What comes before the decoder, ``(..., hidden)`` to ``(..., embedding)``; the decoder."""
+    def _predictions(self) -> tuple[Transform, Any] | None:
+        """What comes before the decoder, ``(..., hidden)`` to ``(..., embedding)``; the decoder.
+        None where that is not all that the head computes."""
         raise NotImplementedError
 
     def _with_loss(
@@ -81,13 +92,23 @@ class AcceleratedBertMaskedLM(AcceleratedMaskedLM):
     """``BertForMaskedLM``."""
 
     cls: Any
+    heads: type[nn.Module] = BertOnlyMLMHead
 
-    def _predictions(self) -> tuple[Transform, Any]:
-        return self.cls.predictions.transform, self.cls.predictions.decoder
+    def _predictions(self) -> tuple[Transform, Any] | None:
+        if not is_computed_by(self.cls, self.heads):
+            return None
+        head = self.cls.predictions
+        if not is_computed_by(head, BertLMPredictionHead):
+            return None
+        if not is_computed_by(head.transform, BertPredictionHeadTransform):
+            return None
+        return head.transform, head.decoder
 
 
 class AcceleratedBertPreTraining(AcceleratedBertMaskedLM):
     """``BertForPreTraining``."""
+
+    heads = BertPreTrainingHeads
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("next_sentence_label") is None:  # transformers then gives no loss at all
@@ -118,8 +139,10 @@ class AcceleratedRobertaMaskedLM(AcceleratedMaskedLM):
 
     lm_head: Any
 
-    def _predictions(self) -> tuple[Transform, Any]:
+    def _predictions(self) -> tuple[Transform, Any] | None:
         head = self.lm_head
+        if not any(is_computed_by(head, cls) for cls in (RobertaLMHead, XLMRobertaLMHead)):
+            return None
         return lambda x: head.layer_norm(F.gelu(head.dense(x))), head.decoder
 
 
@@ -129,7 +152,9 @@ class AcceleratedElectraMaskedLM(AcceleratedMaskedLM):
     generator_predictions: Any
     generator_lm_head: Any
 
-    def _predictions(self) -> tuple[Transform, Any]:
+    def _predictions(self) -> tuple[Transform, Any] | None:
+        if not is_computed_by(self.generator_predictions, ElectraGeneratorPredictions):
+            return None
         return self.generator_predictions, self.generator_lm_head
 
 
@@ -140,8 +165,14 @@ class AcceleratedDistilBertMaskedLM(AcceleratedMaskedLM):
     activation: Any
     vocab_layer_norm: Any
     vocab_projector: Any
+    mlm_loss_fct: Any
 
-    def _predictions(self) -> tuple[Transform, Any]:
+    def _predictions(self) -> tuple[Transform, Any] | None:
+        loss = self.mlm_loss_fct
+        if not is_plain(loss, nn.CrossEntropyLoss) or loss.weight is not None:
+            return None
+        if (loss.ignore_index, loss.reduction, loss.label_smoothing) != (IGNORED, "mean", 0.0):
+            return None
         return self._transform, self.vocab_projector
 
     def _transform(self, x: Tensor) -> Tensor:

@@ -57,8 +57,14 @@ class Batch:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does nothing but what ``kind`` does with its parameters."""
+    return type(module) is kind and is_computed_by(module, kind)
+
+
+def is_computed_by(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling the module runs ``kind``'s forward and no hooks; it may be of a subclass."""
     return (
-        type(module) is kind
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
@@ -448,7 +454,7 @@ def _add_norm(
 def _activate(x: Tensor, dense: Any, activation: Any, batch: Batch) -> Tensor:
     """``activation(dense(x))``, the bias added inside the GELU where nothing else is in between."""
     approximate = _APPROXIMATIONS.get(type(activation))
-    if approximate is None or activation._forward_hooks or activation._forward_pre_hooks:
+    if approximate is None or not is_plain(activation, type(activation)):
         return activation(dense(x))
     if not is_plain(dense, nn.Linear):
         return ops.gelu(dense(x), approximate=approximate, backend=batch.backend)

@@ -153,7 +153,7 @@ def _share(masks: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, lis
             raise InputError(
                 rows[0].owner,
                 f"text: expected every {MASK} among the first {rows[0].size} tokens, "
-                f"got one at {mask} (long='window' reads on)",
+                f"got one at {mask} (--long window, long='window', reads on)",
             )
         shares[best].append(mask)
     return ((row, share) for row, share in zip(rows, shares, strict=True) if share)

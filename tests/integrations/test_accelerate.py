@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import bertfast
+from bertfast.integrations import _accelerate
+from bertfast.integrations._accelerate import accelerated_class
 from bertfast.integrations.transformers import accelerate, restore
 from bertfast.model.base import draw_seed
 from bertfast.ops.dropout import attention_keep_mask, dropout_scale, dropout_threshold, keep_mask
@@ -567,6 +569,128 @@ def test_hooks_and_replaced_linear_layers_are_called():
     assert seen == ["dense", (int(inputs.attended.sum()), 32)]
 
 
+def _hundredth(out):
+    return tuple(x * 0.01 for x in out) if isinstance(out, tuple) else out * 0.01
+
+
+def _scale(model, path):
+    """Put a part of a subclass, whose outputs are a hundredth, in the place of a part."""
+    parent, _, name = path.rpartition(".")
+    part = model.get_submodule(path)
+
+    class Scaled(type(part)):
+        def forward(self, *args, **kwargs):
+            return _hundredth(super().forward(*args, **kwargs))
+
+    part = copy.deepcopy(part)
+    part.__class__ = Scaled
+    setattr(model.get_submodule(parent), name, part)
+    model.tie_weights()
+
+
+HEAD_PARTS = [
+    ("BertForMaskedLM", "cls"),
+    ("BertForMaskedLM", "cls.predictions"),
+    ("BertForMaskedLM", "cls.predictions.transform"),
+    ("BertForPreTraining", "cls"),
+    ("BertForPreTraining", "cls.predictions"),
+    ("RobertaForMaskedLM", "lm_head"),
+    ("XLMRobertaForMaskedLM", "lm_head"),
+    ("ElectraForMaskedLM", "generator_predictions"),
+    ("DistilBertForMaskedLM", "vocab_transform"),
+    ("DistilBertForMaskedLM", "vocab_layer_norm"),
+    ("DistilBertForMaskedLM", "vocab_projector"),
+    ("DistilBertForMaskedLM", "mlm_loss_fct"),
+]
+
+
+@pytest.mark.parametrize(("cls", "path"), HEAD_PARTS)
+def test_replaced_or_hooked_parts_of_a_head_are_called(cls, path):
+    family, _, head = cls.partition("For")
+    model = tiny(family, f"For{head}")
+    kwargs = make_inputs(family, "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    if head == "PreTraining":
+        kwargs["next_sentence_label"] = torch.arange(4) % 2
+    plain = accelerate(copy.deepcopy(model))
+    hooked = copy.deepcopy(plain)
+    hooked.get_submodule(path).register_forward_hook(lambda m, args, out: _hundredth(out))
+    _scale(model, path)
+    scaled = accelerate(copy.deepcopy(model), output_logits=False).train()
+    with torch.no_grad():
+        expected, before = model(**kwargs), plain(**kwargs)
+        for m in (hooked, scaled):
+            out = m(**kwargs)
+            torch.testing.assert_close(out.loss, expected.loss, rtol=1e-4, atol=1e-5)
+            # DistilBERT's transform is called on labelled tokens alone: then there are no logits.
+            for ours, theirs in zip(out.to_tuple()[1:], expected.to_tuple()[1:], strict=False):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before.loss, expected.loss, rtol=1e-3)
+
+
+def test_all_hooks_on_activations_are_called():
+    model = accelerate(tiny("Bert")).train()
+    seen = []
+    activation = model.encoder.layer[0].intermediate.intermediate_act_fn
+    activation.register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(**make_inputs("Bert").kwargs)[0].sum().backward()
+    assert seen == ["backward"]
+
+
+def test_a_head_of_another_kind_is_called():
+    model = tiny("Bert", "ForMaskedLM")
+    model.cls = nn.Linear(32, 53)
+    kwargs = make_inputs("Bert", "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    with torch.no_grad():
+        expected, out = model(**kwargs), accelerate(model)(**kwargs)
+    torch.testing.assert_close(tuple(out.values()), tuple(expected.values()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_of_distilbert_may_be_another():
+    model = tiny("DistilBert", "ForMaskedLM")
+    model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.5)
+    kwargs = make_inputs("DistilBert", "none").kwargs
+    kwargs["labels"] = kwargs["input_ids"]
+    with torch.no_grad():
+        expected, out = model(**kwargs).loss, accelerate(model)(**kwargs).loss
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_layers_that_are_one(family):
+    model = tiny(family, "ForMaskedLM").train()
+    layers = (getattr(model.base_model, "encoder", None) or model.base_model.transformer).layer
+    layers[1] = layers[0]
+    kwargs = make_inputs(family).kwargs
+    kwargs["labels"] = kwargs["input_ids"].masked_fill(kwargs["attention_mask"] == 0, -100)
+    expected, classes = model(**kwargs).loss, [type(m) for m in model.modules()]
+    runs = []
+    for m in (double(model), copy.deepcopy(model), accelerate(model)):
+        out = m(**kwargs)
+        runs.append((out.loss.detach(), gradients_of(m, out.loss)))
+    torch.testing.assert_close(runs[2][0].double(), runs[0][0], rtol=1e-5, atol=0)
+    check_gradients(runs[2][1], runs[0][1], runs[1][1], "one layer twice")
+    restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(**kwargs).loss, expected)
+
+
+def test_an_error_changes_nothing(monkeypatch):
+    model = tiny("Bert", "ForMaskedLM")
+    classes = [type(m) for m in model.modules()]
+
+    def refuse(cls):
+        if cls is transformers.BertForMaskedLM:
+            raise TypeError("no class")
+        return accelerated_class(cls)
+
+    monkeypatch.setattr(_accelerate, "accelerated_class", refuse)
+    with pytest.raises(TypeError, match="no class"):
+        accelerate(model)
+    assert [type(m) for m in model.modules()] == classes
+
+
 def test_another_layernorm_is_called_and_a_dropout_may_be_gone():
     class Doubled(nn.LayerNorm):
         def forward(self, x):
@@ -684,6 +808,11 @@ def test_twice_is_once_too_often():
         accelerate(model)
 
 
+def _share(model):
+    model.encoder.layer[1] = accelerate(tiny("Bert")).encoder.layer[1]
+    return model
+
+
 def _subclass(model):
     class Mine(transformers.BertModel):
         def forward(self, *args, **kwargs):
@@ -736,6 +865,7 @@ def _dispatch(model):
             TypeError,
             r"model\.encoder\.layer\.0\.output\.dropout: expected an nn\.Dropout, got AlphaDrop",
         ),
+        (_share, ValueError, r"model\.encoder\.layer\.1: expected a layer as .* accelerated"),
         (_patch, TypeError, r"model\.encoder\.layer\.1: expected BertLayer's forward"),
         (_configure(is_decoder=True), ValueError, r"config\.is_decoder: expected False, got True"),
         (
