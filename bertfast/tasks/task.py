@@ -20,6 +20,7 @@ from bertfast.model.prepacked import PrepackedLinear
 from bertfast.model.sources import directory_of, locate
 from bertfast.tasks import batches
 from bertfast.tasks.batches import Reader, Row, Template
+from bertfast.tasks.modes import evaluating
 
 LONG = ("truncate", "window")
 # Tokens of a batch: on a CPU its activations should stay in the caches.
@@ -39,9 +40,9 @@ class Task(Generic[Input, Result]):
     """Base of the tasks.
 
     Args:
-        model: one of the classes the task names; called in eval mode, without gradients, and left
-            in the mode it was in. On the CPU, the weights of a model in eval mode are packed once
-            more, for speed.
+        model: one of the classes the task names; called in eval mode, without gradients, and each
+            of its modules left in the mode it was in. On the CPU, the weights of a model in eval
+            mode are packed once more, for speed.
         tokenizer: a ``tokenizers.Tokenizer`` with BERT's special tokens (see ``load_tokenizer``).
             It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
@@ -219,18 +220,12 @@ class Task(Generic[Input, Result]):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        training = self.model.training
-        if training:
-            self.model.eval()
-        # A compiled graph would have the packed weights baked in, and those of a model in training
-        # are about to change.
-        pack = self.model is self._module and not training
-        try:
+        with evaluating(self._module) as training:
+            # A compiled graph would have the packed weights baked in, and those of a model in
+            # training are about to change.
+            pack = self.model is self._module and not training
             with torch.no_grad(), self._prepacked if pack else nullcontext():
                 yield
-        finally:
-            if training:
-                self.model.train()
 
 
 def check_text(index: int, name: str, value: Any) -> str:
