@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForQuestionAnswering
-from bertfast.tasks.batches import Row, token_ids, words_of
+from bertfast.tasks.batches import Row, finite, token_ids, words_of
 from bertfast.tasks.task import Done, Task, check_count, check_pair
 
 
@@ -131,7 +131,8 @@ class Answer(Task[tuple[str, str], Answered]):
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[Any]:
             out = self.model(**inputs)
-            start, end = (x.float().cpu().numpy() for x in (out.start_logits, out.end_logits))
+            logits = (out.start_logits, out.end_logits)
+            start, end = (finite(x.float().cpu()).numpy() for x in logits)
             found = []
             for i, first in zip(places, inputs["cu_seqlens"].tolist(), strict=False):
                 row, bounds = rows[i], words[rows[i].owner]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
+from torch import Tensor
 
 from bertfast.data.batching import group, pack_inputs, to_device
 
@@ -104,6 +105,16 @@ def _surroundings(encoding: Encoding, texts: int) -> list[tuple[np.ndarray, np.n
 def token_ids(encodings: Sequence[Encoding]) -> list[np.ndarray]:
     """int64 ``(tokens,)`` of each."""
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def finite(values: Tensor) -> Tensor:
+    """What a model computed, if it is numbers. Raises ValueError for NaN and infinity."""
+    if not values.isfinite().all():
+        raise ValueError(
+            "model: expected finite outputs, got NaN or infinity (damaged weights, or a dtype of "
+            "too small a range)"
+        )
+    return values
 
 
 def words_of(word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ from bertfast.errors import CheckpointError
 from bertfast.model.bert import BertModel
 from bertfast.model.config import read_json
 from bertfast.model.sources import directory_of, locate
-from bertfast.tasks.batches import Row, token_ids
+from bertfast.tasks.batches import Row, finite, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
 POOLINGS = ("cls", "mean", "max")
@@ -137,7 +137,7 @@ class Embed(Task[str, Tensor]):
             hidden = out.last_hidden_state.float()
         else:
             hidden = sum(out.hidden_states[i].float() for i in self.layers) / len(self.layers)
-        return pool(hidden, inputs["cu_seqlens"], self.pooling).cpu().unbind()
+        return finite(pool(hidden, inputs["cu_seqlens"], self.pooling).cpu()).unbind()
 
     def _merge(self, pooled: Tensor, rows: Sequence[Row], texts: int) -> Tensor:
         """Windows' vectors ``(rows, H)`` to their texts' ``(texts, H)``."""

@@ -10,7 +10,7 @@ from tokenizers import Encoding
 
 from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-from bertfast.tasks.batches import MASK, Row, TextRows, token_ids
+from bertfast.tasks.batches import MASK, Row, TextRows, finite, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
 
@@ -120,7 +120,7 @@ class FillMask(Task[str, list[list[Filled]]]):
         hidden = hidden[torch.tensor(places, dtype=torch.int64, device=hidden.device)]
         logits = self._module.cls.predictions(hidden)
         scores, best = logits.float().softmax(-1).topk(top_k)
-        return scores.cpu(), best.cpu()
+        return finite(scores.cpu()), best.cpu()
 
     def _filled(
         self,

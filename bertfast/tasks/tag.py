@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForTokenClassification
-from bertfast.tasks.batches import TextRows, token_ids, words_of
+from bertfast.tasks.batches import TextRows, finite, token_ids, words_of
 from bertfast.tasks.task import Done, Task
 
 STRATEGIES = ("first", "mean", "max")
@@ -96,7 +96,8 @@ class Tag(Task[str, Tagged]):
             rows_of[row.owner].append(i)
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[np.ndarray]:
-            probabilities = self.model(**inputs).logits.float().softmax(-1).cpu().numpy()
+            logits = finite(self.model(**inputs).logits.float().cpu())
+            probabilities = logits.softmax(-1).numpy()
             starts = inputs["cu_seqlens"].tolist()
             return [
                 probabilities[start + rows[i].start :][: rows[i].size]
