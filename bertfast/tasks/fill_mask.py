@@ -13,6 +13,10 @@ from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
 from bertfast.tasks.batches import MASK, Row, TextRows, finite, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
+# Each candidate of each mask has the whole text, which for many masks in a long text would take all
+# memory.
+CHARACTERS = 2**26
+
 
 class Filled(NamedTuple):
     """A candidate for one [MASK]: the token, its probability in [0, 1], and the text with the token
@@ -52,7 +56,8 @@ class FillMask(Task[str, list[list[Filled]]]):
         to the word before it.
 
         Raises TypeError for anything but a string, or a ``top_k`` that is no integer; ValueError
-        for a text without [MASK], or a ``top_k`` outside 1..vocabulary.
+        for a text without [MASK], a text whose candidates' texts would be more than 2**26
+        characters together, or a ``top_k`` outside 1..vocabulary.
         """
         return self._one(text, top_k=self._checked_top_k(top_k))
 
@@ -85,6 +90,12 @@ class FillMask(Task[str, list[list[Filled]]]):
             if not masks:
                 shown = texts[owner][:80]
                 raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
+            if len(masks) * options["top_k"] * len(texts[owner]) > CHARACTERS:
+                raise InputError(
+                    owner,
+                    f"text: expected candidates of at most {CHARACTERS} characters together, got "
+                    f"{len(masks)} masks * {options['top_k']} (top_k) * {len(texts[owner])}",
+                )
             for row, share in _share(masks, rows_of[owner]):
                 rows.append(row)
                 filled_by.append(share)
