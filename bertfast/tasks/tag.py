@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForTokenClassification
-from bertfast.tasks.batches import TextRows, finite, token_ids, words_of
+from bertfast.tasks.batches import TextRows, finite, token_ids, trimmed, words_of
 from bertfast.tasks.task import Done, Task
 
 STRATEGIES = ("first", "mean", "max")
@@ -125,7 +125,9 @@ class Tag(Task[str, Tagged]):
             row = text_rows.rows[best]
             scores = self._scores(found[best][first - row.first : last + 1 - row.first])
             label = int(scores.argmax())
-            start, end = offsets[first][0], offsets[last][1]
+            start, end = trimmed(text, offsets[first][0], offsets[last][1])
+            if start == end:  # a word of white space, as RoBERTa's tokenizer makes them
+                continue
             name = self._module.config.id2label[label]
             yield Word(text[start:end], start, end, name, float(scores[label]))
 

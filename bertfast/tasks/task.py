@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
-from bertfast.data.vocab import load_tokenizer, special_ids
+from bertfast.data.vocab import load_tokenizer, mask_token
 from bertfast.errors import CheckpointError, InputError
 from bertfast.model.base import BertPreTrainedModel
 from bertfast.model.prepacked import PrepackedLinear
@@ -43,8 +43,8 @@ class Task(Generic[Input, Result]):
         model: one of the classes the task names; called in eval mode, without gradients, and each
             of its modules left in the mode it was in. On the CPU, the weights of a model in eval
             mode are packed once more, for speed.
-        tokenizer: a ``tokenizers.Tokenizer`` with BERT's special tokens (see ``load_tokenizer``).
-            It is copied; truncation and padding that it has set are not used.
+        tokenizer: a ``tokenizers.Tokenizer`` with BERT's or RoBERTa's special tokens (see
+            ``load_tokenizer``). It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
             positions for.
         long: what becomes of a longer text: ``"truncate"`` reads its beginning, ``"window"`` all
@@ -54,7 +54,7 @@ class Task(Generic[Input, Result]):
 
     Raises:
         TypeError: another model.
-        ValueError: a tokenizer without BERT's special tokens or with more tokens than the model, or
+        ValueError: a tokenizer without such special tokens or with more tokens than the model, or
             an option out of range.
     """
 
@@ -82,10 +82,11 @@ class Task(Generic[Input, Result]):
             raise TypeError(f"model: expected a {names}, got {type(model).__name__}")
         self.model = model
         self.tokenizer = _copy(tokenizer)
-        self.mask_id = special_ids(self.tokenizer)[batches.MASK]
-        self.template = Template(self.tokenizer)
-
+        self.mask = mask_token(self.tokenizer)
+        self.mask_id = self.tokenizer.token_to_id(self.mask)
         config = self._module.config
+        self.template = Template(self.tokenizer, config.type_vocab_size)
+
         if self.tokenizer.get_vocab_size() > config.vocab_size:
             raise ValueError(
                 f"tokenizer: expected at most the model's {config.vocab_size} tokens (vocab_size), "
