@@ -1,12 +1,14 @@
 """Texts in, results out: arguments, lines, JSON Lines; files that are whole or not there."""
 
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -55,6 +57,9 @@ def read_file(path: str, fields: Fields, form: str | None) -> list[Record]:
     if form is None:
         form = "jsonl" if Path(path).suffix.lower() in JSON_LINES else "lines"
     name = "stdin" if path == "-" else path
+    # Where it is closed, another file may have its number.
+    if path == "-" and sys.stdin is None:
+        raise ValueError("stdin: expected it open, or --input FILE")
     with open(0, "rb", closefd=False) if path == "-" else open(path, "rb") as file:
         records = [
             record
@@ -88,7 +93,7 @@ def _read_line(place: str, line: bytes, fields: Fields, form: str) -> Record | N
 
 def _from_json(place: str, text: str, fields: Fields) -> Record:
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     # A deeply nested line ends in RecursionError, which is no ValueError.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: expected JSON, got {text[:40]!r} ({error})") from None
@@ -105,6 +110,17 @@ def _from_json(place: str, text: str, fields: Fields) -> Record:
     return _record(place, tuple(texts), values)
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return value
+
+
 def _record(place: str, texts: tuple[str, ...], values: dict[str, Any]) -> Record:
     for text in texts:
         try:
@@ -117,8 +133,10 @@ def _record(place: str, texts: tuple[str, ...], values: dict[str, Any]) -> Recor
 @contextmanager
 def writing(path: str | None) -> Iterator[IO[bytes]]:
     """Where results go: standard output for None, else a file that is there whole or, if anything
-    fails, as it was before."""
+    fails, as it was before. A link's file is replaced, not the link; the mode stays."""
     if path is None:
+        if sys.stdout is None:
+            raise ValueError("stdout: expected it open, or --output FILE")
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
@@ -128,6 +146,7 @@ def writing(path: str | None) -> Iterator[IO[bytes]]:
         with target.open("wb") as file:
             yield file
         return
+    target = target.resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         file = temporary.open("wb")
@@ -136,6 +155,8 @@ def writing(path: str | None) -> Iterator[IO[bytes]]:
         raise type(error)(error.errno, error.strerror, path) from None
     try:
         with file:
+            if target.exists():
+                shutil.copymode(target, temporary)
             yield file
         os.replace(temporary, target)
     finally:

@@ -326,7 +326,7 @@ def _start(
         raise ValueError("expected TEXT or --input, got both")
     if arguments.texts:
         records = read_arguments(arguments.texts, fields)
-    elif arguments.input is None and sys.stdin.isatty():
+    elif arguments.input is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("expected TEXT, --input FILE or text on stdin")
     else:
         records = read_file(arguments.input or "-", fields, arguments.format)
@@ -375,4 +375,9 @@ def _print(
 
 
 def _json_line(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    try:
+        return f"{line}\n".encode()
+    # Half of a pair, passed through from the input, is JSON only as an escape.
+    except UnicodeEncodeError:
+        return f"{json.dumps(values, allow_nan=False)}\n".encode()

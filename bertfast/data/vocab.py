@@ -22,6 +22,8 @@ from tokenizers import (
 )
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The same ones in the tokenizers of RoBERTa and XLM-R.
+ROBERTA_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 
 
 def _bert_tokenizer(vocab: dict[str, int], lowercase: bool) -> Tokenizer:
@@ -59,6 +61,21 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
             f"got none for {missing}"
         )
     return ids
+
+
+def mask_token(tokenizer: Tokenizer) -> str:
+    """``[MASK]``, or ``<mask>`` for a tokenizer like RoBERTa's.
+
+    Raises ValueError for a tokenizer with neither model's special tokens.
+    """
+    for tokens in (SPECIAL_TOKENS, ROBERTA_TOKENS):
+        if all(tokenizer.token_to_id(token) is not None for token in tokens):
+            return tokens[-1]
+    missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+    raise ValueError(
+        f"tokenizer: expected the special tokens {' '.join(SPECIAL_TOKENS)}, or RoBERTa's "
+        f"{' '.join(ROBERTA_TOKENS)}, got none for {missing}"
+    )
 
 
 def train_vocab(
@@ -162,6 +179,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt``.
 
+    ``tokenizer.json`` has the special tokens of BERT or of RoBERTa; ``vocab.txt``
+    BERT's.
+
     ``vocab.txt`` does not say whether text is lower-cased. ``lowercase`` does, or where it is None
     ``tokenizer_config.json``'s ``do_lower_case``, or where that is missing the words themselves: a
     vocabulary with capitals in it is of cased text.
@@ -180,7 +200,7 @@ def load_tokenizer(
         except Exception as error:
             raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
         with _named(file):
-            special_ids(tokenizer)
+            mask_token(tokenizer)
         if lowercase not in (None, is_lowercase(tokenizer)):
             does = "lower-cases" if is_lowercase(tokenizer) else "keeps case"
             raise ValueError(f"lowercase: expected {not lowercase}, as {file} {does}")

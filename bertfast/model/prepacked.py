@@ -38,6 +38,10 @@ class PrepackedLinear(TorchFunctionMode):
         self._packed: Any = WeakTensorKeyDictionary()
         self._available = is_available()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is packed cannot be copied or saved, and is packed again where it is wanted.
+        return type(self), ()
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForQuestionAnswering
-from bertfast.tasks.batches import Row, token_ids, words_of
+from bertfast.tasks.batches import Row, finite, token_ids, trimmed, words_of
 from bertfast.tasks.task import Done, Task, check_count, check_pair
 
 
@@ -124,14 +124,17 @@ class Answer(Task[tuple[str, str], Answered]):
     ) -> list[Answered]:
         questions = token_ids(self._encode([question for question, _ in pairs]))
         contexts = self._encode([context for _, context in pairs])
-        words = [_word_bounds(context) for context in contexts]
+        words = [
+            _word_bounds(text, context) for (_, text), context in zip(pairs, contexts, strict=True)
+        ]
         rows: list[Row] = []
         for owner, (question, context) in enumerate(zip(questions, contexts, strict=True)):
             rows += self._cut(owner, question, np.array(context.ids, dtype=np.int64))
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[Any]:
             out = self.model(**inputs)
-            start, end = (x.float().cpu().numpy() for x in (out.start_logits, out.end_logits))
+            logits = (out.start_logits, out.end_logits)
+            start, end = (finite(x.float().cpu()).numpy() for x in logits)
             found = []
             for i, first in zip(places, inputs["cu_seqlens"].tolist(), strict=False):
                 row, bounds = rows[i], words[rows[i].owner]
@@ -140,6 +143,8 @@ class Answer(Task[tuple[str, str], Answered]):
                 candidates = [
                     _Candidate(bounds[row.first + a][0], bounds[row.first + b][1], logit)
                     for a, b, logit in spans
+                    # RoBERTa's tokenizer makes words of white space.
+                    if bounds[row.first + a][0] < bounds[row.first + b][1]
                 ]
                 # [CLS] is each row's first token.
                 found.append((float(start[first] + end[first]), candidates))
@@ -210,11 +215,11 @@ def best_spans(
     return found
 
 
-def _word_bounds(context: Encoding) -> list[tuple[int, int]]:
+def _word_bounds(text: str, context: Encoding) -> list[tuple[int, int]]:
     """For each token, where in the text the word that it is of starts and ends."""
     # Asked for once: each attribute of an encoding is a new list of all tokens.
     offsets, words = context.offsets, context.word_ids
     bounds: list[tuple[int, int]] = []
     for first, last in words_of(words):
-        bounds += [(offsets[first][0], offsets[last][1])] * (last + 1 - first)
+        bounds += [trimmed(text, offsets[first][0], offsets[last][1])] * (last + 1 - first)
     return bounds

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer
+from torch import Tensor
 
 from bertfast.data.batching import group, pack_inputs, to_device
-
-MASK = "[MASK]"
+from bertfast.data.vocab import mask_token
 
 
 class Row(NamedTuple):
@@ -58,14 +58,19 @@ class TextRows:
 
 
 class Template:
-    """Where the tokenizer puts special tokens, learned from what it makes of ``[MASK]``.
+    """Where the tokenizer puts special tokens, learned from what it makes of ``[MASK]`` (or
+    RoBERTa's ``<mask>``).
 
-    Raises ValueError for a tokenizer to which ``[MASK]`` is not one token.
+    ``token_types``: how many the model has. Where it has one, as RoBERTa and DistilBERT, the second
+    text is of it, too, whatever the tokenizer says.
+
+    Raises ValueError for a tokenizer to which its mask is not one token.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._single = _surroundings(tokenizer.encode(MASK), 1)
-        self._pair = _surroundings(tokenizer.encode(MASK, MASK), 2)
+    def __init__(self, tokenizer: Tokenizer, token_types: int = 2) -> None:
+        mask = mask_token(tokenizer)
+        self._single = _surroundings(tokenizer.encode(mask), mask, 1, token_types)
+        self._pair = _surroundings(tokenizer.encode(mask, mask), mask, 2, token_types)
         # Special tokens around one text, and around two.
         self.single, self.pair = (
             sum(len(ids) for ids, _ in parts[::2]) for parts in (self._single, self._pair)
@@ -87,23 +92,35 @@ class Template:
         return Row(np.concatenate(ids), np.concatenate(types), owner, start, first, len(texts[-1]))
 
 
-def _surroundings(encoding: Encoding, texts: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _surroundings(
+    encoding: Encoding, mask: str, texts: int, token_types: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and types of: special tokens, the text, special tokens, the second text, …"""
     sequences, wanted = encoding.sequence_ids, list(range(texts))
     places = [i for i, sequence in enumerate(sequences) if sequence is not None]
     if [sequences[i] for i in places] != wanted:
         raise ValueError(
-            f"tokenizer: expected {MASK} to be one token, got {' '.join(encoding.tokens)}"
+            f"tokenizer: expected {mask} to be one token, got {' '.join(encoding.tokens)}"
         )
     bounds = [0, *(edge for place in places for edge in (place, place + 1)), len(sequences)]
     ids = np.array(encoding.ids, dtype=np.int64)
-    types = np.array(encoding.type_ids, dtype=np.int64)
+    types = np.array(encoding.type_ids, dtype=np.int64).clip(max=token_types - 1)
     return [(ids[a:b], types[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def token_ids(encodings: Sequence[Encoding]) -> list[np.ndarray]:
     """int64 ``(tokens,)`` of each."""
     return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+
+def finite(values: Tensor) -> Tensor:
+    """What a model computed, if it is numbers. Raises ValueError for NaN and infinity."""
+    if not values.isfinite().all():
+        raise ValueError(
+            "model: expected finite outputs, got NaN or infinity (damaged weights, or a dtype of "
+            "too small a range)"
+        )
+    return values
 
 
 def words_of(word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:
@@ -113,6 +130,16 @@ def words_of(word_ids: Sequence[int | None]) -> Iterator[tuple[int, int]]:
         if i == len(word_ids) or word_ids[i] is None or word_ids[i] != word_ids[first]:
             yield first, i - 1
             first = i
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """``start`` and ``end`` without white space: some tokenizers count the space before a word as
+    part of it."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 def windows(count: int, room: int, stride: int) -> list[tuple[int, int]]:

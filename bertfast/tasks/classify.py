@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bertfast.model.config import BertConfig
 from bertfast.model.heads import BertForSequenceClassification
-from bertfast.tasks.batches import Row, token_ids
+from bertfast.tasks.batches import Row, finite, token_ids
 from bertfast.tasks.task import Done, Task, check_count, check_pair, check_text
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -128,7 +128,7 @@ class Classify(Task[Texts, Tensor]):
 
     def _read(self, inputs: dict[str, Any], places: Sequence[int]) -> Sequence[Tensor]:
         logits: Tensor = self.model(**inputs).logits
-        return logits.float().cpu().unbind()
+        return finite(logits.float().cpu()).unbind()
 
 
 def _function_of(config: BertConfig) -> str:

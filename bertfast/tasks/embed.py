@@ -17,7 +17,7 @@ from bertfast.errors import CheckpointError
 from bertfast.model.bert import BertModel
 from bertfast.model.config import read_json
 from bertfast.model.sources import directory_of, locate
-from bertfast.tasks.batches import Row, token_ids
+from bertfast.tasks.batches import Row, finite, token_ids
 from bertfast.tasks.task import Done, Task, check_count
 
 POOLINGS = ("cls", "mean", "max")
@@ -137,7 +137,7 @@ class Embed(Task[str, Tensor]):
             hidden = out.last_hidden_state.float()
         else:
             hidden = sum(out.hidden_states[i].float() for i in self.layers) / len(self.layers)
-        return pool(hidden, inputs["cu_seqlens"], self.pooling).cpu().unbind()
+        return finite(pool(hidden, inputs["cu_seqlens"], self.pooling).cpu()).unbind()
 
     def _merge(self, pooled: Tensor, rows: Sequence[Row], texts: int) -> Tensor:
         """Windows' vectors ``(rows, H)`` to their texts' ``(texts, H)``."""
@@ -220,12 +220,18 @@ def _inside(file: Path, path: Any) -> str:
 
 def _length(folder: Path) -> dict[str, Any]:
     file = folder / "sentence_bert_config.json"
-    length = _object(file).get("max_seq_length") if file.is_file() else None
-    if length is None:
+    config = _object(file) if file.is_file() else {}
+    return _count(file, config, "max_seq_length", "max_length")
+
+
+def _count(file: Path, config: dict[str, Any], key: str, argument: str) -> dict[str, Any]:
+    """What a file gives as ``key``, under the name of the argument, if it gives it."""
+    value = config.get(key)
+    if value is None:
         return {}
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise CheckpointError(f"{file}: expected an integer as max_seq_length, got {length!r}")
-    return {"max_length": length}
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{file}: expected an integer as {key}, got {value!r}")
+    return {argument: value}
 
 
 def _pooling(file: Path) -> str:
@@ -250,12 +256,12 @@ def _prompt_and_dimensions(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     name, prompts = config.get("default_prompt_name"), config.get("prompts")
     if name is not None:
-        if not isinstance(prompts, dict) or not isinstance(prompts.get(name), str):
+        known = prompts if isinstance(prompts, dict) else {}
+        prompt = known.get(name) if isinstance(name, str) else None
+        if not isinstance(prompt, str):
             raise CheckpointError(f"{file}: expected a prompt named {name!r} among its prompts")
-        found["prompt"] = prompts[name]
-    if config.get("truncate_dim") is not None:
-        found["dimensions"] = config["truncate_dim"]
-    return found
+        found["prompt"] = prompt
+    return found | _count(file, config, "truncate_dim", "dimensions")
 
 
 def _object(file: Path) -> dict[str, Any]:

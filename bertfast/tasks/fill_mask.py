@@ -8,15 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Encoding
 
+from bertfast.data.vocab import ROBERTA_TOKENS
 from bertfast.errors import InputError
 from bertfast.model.heads import BertForMaskedLM, BertForPreTraining
-from bertfast.tasks.batches import MASK, Row, TextRows, token_ids
+from bertfast.tasks.batches import Row, TextRows, finite, token_ids, trimmed
 from bertfast.tasks.task import Done, Task, check_count
+
+# Each candidate of each mask has the whole text, which for many masks in a long text would take all
+# memory.
+CHARACTERS = 2**26
+WORD_STARTS = ("\u0120", "\u2581")
 
 
 class Filled(NamedTuple):
-    """A candidate for one [MASK]: the token, its probability in [0, 1], and the text with the token
-    in place."""
+    """A candidate for one [MASK]: the token as it is in the vocabulary, its probability in [0, 1],
+    and the text with the token in place."""
 
     token: str
     score: float
@@ -27,6 +33,7 @@ class FillMask(Task[str, list[list[Filled]]]):
     """``FillMask(model, tokenizer)("Paris is the [MASK] of France.")``.
 
     ``model``: a ``BertForMaskedLM`` or ``BertForPreTraining``; the head runs at the masks only.
+    What is said of [MASK] holds for ``<mask>`` where the tokenizer is RoBERTa's.
     Other arguments as in :class:`~bertfast.tasks.task.Task`. A text longer than the model reads is
     cut to windows, and each [MASK] is filled where it sees most of the text around it; with
     ``long="truncate"`` masks behind the cut are an error.
@@ -52,7 +59,8 @@ class FillMask(Task[str, list[list[Filled]]]):
         to the word before it.
 
         Raises TypeError for anything but a string, or a ``top_k`` that is no integer; ValueError
-        for a text without [MASK], or a ``top_k`` outside 1..vocabulary.
+        for a text without [MASK], a text whose candidates' texts would be more than 2**26
+        characters together, or a ``top_k`` outside 1..vocabulary.
         """
         return self._one(text, top_k=self._checked_top_k(top_k))
 
@@ -84,8 +92,14 @@ class FillMask(Task[str, list[list[Filled]]]):
         for owner, masks in enumerate(places):
             if not masks:
                 shown = texts[owner][:80]
-                raise InputError(owner, f"text: expected at least one {MASK}, got {shown!r}")
-            for row, share in _share(masks, rows_of[owner]):
+                raise InputError(owner, f"text: expected at least one {self.mask}, got {shown!r}")
+            if len(masks) * options["top_k"] * len(texts[owner]) > CHARACTERS:
+                raise InputError(
+                    owner,
+                    f"text: expected candidates of at most {CHARACTERS} characters together, got "
+                    f"{len(masks)} masks * {options['top_k']} (top_k) * {len(texts[owner])}",
+                )
+            for row, share in _share(self.mask, masks, rows_of[owner]):
                 rows.append(row)
                 filled_by.append(share)
 
@@ -120,7 +134,7 @@ class FillMask(Task[str, list[list[Filled]]]):
         hidden = hidden[torch.tensor(places, dtype=torch.int64, device=hidden.device)]
         logits = self._module.cls.predictions(hidden)
         scores, best = logits.float().softmax(-1).topk(top_k)
-        return scores.cpu(), best.cpu()
+        return finite(scores.cpu()), best.cpu()
 
     def _filled(
         self,
@@ -131,16 +145,26 @@ class FillMask(Task[str, list[list[Filled]]]):
     ) -> Iterator[list[Filled]]:
         offsets = encoding.offsets
         for mask in masks:
-            start, end = offsets[mask]
+            start, end = trimmed(text, *offsets[mask])
             scores, ids = found[mask]
             tokens = [self.tokenizer.id_to_token(id) or "" for id in ids]
             yield [
-                Filled(token, score, _put(text, start, end, token))
-                for token, score in zip(tokens, scores, strict=True)
+                Filled(token, score, _put(text, start, end, self._piece(id, token)))
+                for id, token, score in zip(ids, tokens, scores, strict=True)
             ]
 
+    def _piece(self, id: int, token: str) -> str:
+        """What a token writes, in the way of WordPiece: "##" before a piece of a word."""
+        if self.mask == "[MASK]" or token in ROBERTA_TOKENS:
+            return token
+        written: str = self.tokenizer.decode([id]).lstrip(" ")
+        # The tokenizers of RoBERTa and XLM-R mark what begins a word.
+        return written if token.startswith(WORD_STARTS) else f"##{written}"
 
-def _share(masks: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, list[int]]]:
+
+def _share(
+    mask_token: str, masks: Sequence[int], rows: Sequence[Row]
+) -> Iterator[tuple[Row, list[int]]]:
     """Of a text's rows those that fill masks, and which: each row those that it sees most around.
 
     Raises InputError for a mask that no row holds.
@@ -152,7 +176,7 @@ def _share(masks: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, lis
         if best is None:
             raise InputError(
                 rows[0].owner,
-                f"text: expected every {MASK} among the first {rows[0].size} tokens, "
+                f"text: expected every {mask_token} among the first {rows[0].size} tokens, "
                 f"got one at {mask} (--long window, long='window', reads on)",
             )
         shares[best].append(mask)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertfast.model.heads import BertForNextSentencePrediction, BertForPreTraining
-from bertfast.tasks.batches import token_ids
+from bertfast.tasks.batches import finite, token_ids
 from bertfast.tasks.task import Done, Task, check_pair
 
 
@@ -46,5 +46,5 @@ class NextSentence(Task[tuple[str, str], float]):
         pooled = self._module.bert(**inputs).pooler_output
         logits = self._module.cls.seq_relationship(pooled)
         # Label 0 is the text that follows.
-        probabilities: list[float] = logits.float().softmax(-1)[:, 0].tolist()
+        probabilities: list[float] = finite(logits.float().cpu()).softmax(-1)[:, 0].tolist()
         return probabilities

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bertfast.model.heads import BertForTokenClassification
-from bertfast.tasks.batches import TextRows, token_ids, words_of
+from bertfast.tasks.batches import TextRows, finite, token_ids, trimmed, words_of
 from bertfast.tasks.task import Done, Task
 
 STRATEGIES = ("first", "mean", "max")
@@ -96,7 +96,8 @@ class Tag(Task[str, Tagged]):
             rows_of[row.owner].append(i)
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[np.ndarray]:
-            probabilities = self.model(**inputs).logits.float().softmax(-1).cpu().numpy()
+            logits = finite(self.model(**inputs).logits.float().cpu())
+            probabilities = logits.softmax(-1).numpy()
             starts = inputs["cu_seqlens"].tolist()
             return [
                 probabilities[start + rows[i].start :][: rows[i].size]
@@ -124,7 +125,9 @@ class Tag(Task[str, Tagged]):
             row = text_rows.rows[best]
             scores = self._scores(found[best][first - row.first : last + 1 - row.first])
             label = int(scores.argmax())
-            start, end = offsets[first][0], offsets[last][1]
+            start, end = trimmed(text, offsets[first][0], offsets[last][1])
+            if start == end:  # a word of white space, as RoBERTa's tokenizer makes them
+                continue
             name = self._module.config.id2label[label]
             yield Word(text[start:end], start, end, name, float(scores[label]))
 

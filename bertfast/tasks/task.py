@@ -13,13 +13,14 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
-from bertfast.data.vocab import load_tokenizer, special_ids
+from bertfast.data.vocab import load_tokenizer, mask_token
 from bertfast.errors import CheckpointError, InputError
 from bertfast.model.base import BertPreTrainedModel
 from bertfast.model.prepacked import PrepackedLinear
 from bertfast.model.sources import directory_of, locate
 from bertfast.tasks import batches
 from bertfast.tasks.batches import Reader, Row, Template
+from bertfast.tasks.modes import evaluating
 
 LONG = ("truncate", "window")
 # Tokens of a batch: on a CPU its activations should stay in the caches.
@@ -39,11 +40,11 @@ class Task(Generic[Input, Result]):
     """Base of the tasks.
 
     Args:
-        model: one of the classes the task names; called in eval mode, without gradients, and left
-            in the mode it was in. On the CPU, the weights of a model in eval mode are packed once
-            more, for speed.
-        tokenizer: a ``tokenizers.Tokenizer`` with BERT's special tokens (see ``load_tokenizer``).
-            It is copied; truncation and padding that it has set are not used.
+        model: one of the classes the task names; called in eval mode, without gradients, and each
+            of its modules left in the mode it was in. On the CPU, the weights of a model in eval
+            mode are packed once more, for speed.
+        tokenizer: a ``tokenizers.Tokenizer`` with BERT's or RoBERTa's special tokens (see
+            ``load_tokenizer``). It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
             positions for.
         long: what becomes of a longer text: ``"truncate"`` reads its beginning, ``"window"`` all
@@ -53,7 +54,7 @@ class Task(Generic[Input, Result]):
 
     Raises:
         TypeError: another model.
-        ValueError: a tokenizer without BERT's special tokens or with more tokens than the model, or
+        ValueError: a tokenizer without such special tokens or with more tokens than the model, or
             an option out of range.
     """
 
@@ -81,10 +82,11 @@ class Task(Generic[Input, Result]):
             raise TypeError(f"model: expected a {names}, got {type(model).__name__}")
         self.model = model
         self.tokenizer = _copy(tokenizer)
-        self.mask_id = special_ids(self.tokenizer)[batches.MASK]
-        self.template = Template(self.tokenizer)
-
+        self.mask = mask_token(self.tokenizer)
+        self.mask_id = self.tokenizer.token_to_id(self.mask)
         config = self._module.config
+        self.template = Template(self.tokenizer, config.type_vocab_size)
+
         if self.tokenizer.get_vocab_size() > config.vocab_size:
             raise ValueError(
                 f"tokenizer: expected at most the model's {config.vocab_size} tokens (vocab_size), "
@@ -219,18 +221,12 @@ class Task(Generic[Input, Result]):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        training = self.model.training
-        if training:
-            self.model.eval()
-        # A compiled graph would have the packed weights baked in, and those of a model in training
-        # are about to change.
-        pack = self.model is self._module and not training
-        try:
+        with evaluating(self._module) as training:
+            # A compiled graph would have the packed weights baked in, and those of a model in
+            # training are about to change.
+            pack = self.model is self._module and not training
             with torch.no_grad(), self._prepacked if pack else nullcontext():
                 yield
-        finally:
-            if training:
-                self.model.train()
 
 
 def check_text(index: int, name: str, value: Any) -> str:

@@ -285,3 +285,18 @@ def test_packed_weights_give_the_same_products(make_model, tiny_tokenizer, dtype
     with mode:
         model(ids).last_hidden_state.sum().backward()
     assert model.encoder.layer[0].output.dense.weight.grad is not None
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers_are_refused(task, value, make_model) -> None:
+    ready = task.from_pretrained(make_model(TASKS[task]))
+    with torch.no_grad():
+        for name, parameter in ready.model.named_parameters():
+            # The heads' last biases, or the encoder's.
+            if parameter.dim() == 1 and ("LayerNorm" not in name or task is Embed):
+                parameter.fill_(value)
+    inputs = [("why", "a [MASK]") if task in (NextSentence, Answer) else "a [MASK]"]
+    with pytest.raises(ValueError, match="model: expected finite outputs, got NaN or infinity"):
+        ready.many(inputs)
+    assert len(ready.many([])) == 0

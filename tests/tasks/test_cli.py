@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from bertfast.cli import main
+from bertfast.cli.predict import _json_line
 from bertfast.tasks import Answer, Classify, Embed, FillMask, NextSentence, Tag
 
 VERBS = {
@@ -211,6 +213,9 @@ def test_standard_input(model) -> None:
         ("tag", "a.jsonl", b'{"txt": "a"}', 'a.jsonl:1: expected a string as "text", got none'),
         ("tag", "a.jsonl", b'{"text": 3}', 'a.jsonl:1: expected a string as "text", got int'),
         ("tag", "a.jsonl", b"[" * 100000, "a.jsonl:1: expected JSON, got"),
+        ("tag", "a.jsonl", b'{"text": "a"}\n{"text": "a", "n": NaN}', "a.jsonl:2: expected JSON"),
+        ("tag", "a.jsonl", b'{"text": "a", "n": -Infinity}', "a.jsonl:1: expected JSON, got"),
+        ("embed", "a.jsonl", b'{"text": "a", "n": [1e400]}', "a.jsonl:1: expected JSON, got"),
         ("tag", "a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: expected Unicode text"),
         ("classify", "a.jsonl", b'{"text": "a", "text_pair": 1}', "a.jsonl:1: expected a str"),
         ("answer", "a.jsonl", b'{"question": "a"}', 'a.jsonl:1: expected a string as "context"'),
@@ -250,6 +255,7 @@ def test_bad_files(verb, name, content, message, model, capsys, tmp_path, monkey
         ("embed", ["a", "--dimensions", "99"], "dimensions: expected 1 to 24 (hidden_size), got"),
         ("embed", ["a", "--input", "b.txt"], "expected TEXT or --input, got both"),
         ("embed", ["a", "--device", "nowhere"], "device: expected one that is here, got 'nowhere'"),
+        ("embed", ["a", "--device", "meta"], "device: expected one that holds weights, got 'meta'"),
         ("embed", ["a", "--output", "no/such/x.npy"], "no/such/x.npy: No such file or directory"),
         ("embed", ["a", "--output", "."], ".: Is a directory"),
         ("answer", ["question"], "expected question and context for each input, got 1 arguments"),
@@ -289,6 +295,52 @@ def test_a_device_stays_what_it_is(model, tmp_path) -> None:
     finally:
         os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_other_fields_come_back_as_they_were(model, capsys, tmp_path) -> None:
+    values = {"text": "a", "\ud83d": "\ude00 \u2028 é", "big": 10**30, "float": 1e300}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(values)}\n")
+    arguments = ["classify", "--model", model("classify"), "--input", str(tmp_path / "a.jsonl")]
+    assert main([*arguments, "--output", str(tmp_path / "b.jsonl")]) == 0
+    (line,) = (tmp_path / "b.jsonl").read_bytes().decode("utf-8").splitlines()
+    found = json.loads(line)
+    assert found.pop("labels")
+    assert found == values
+
+
+def test_what_is_no_number_is_not_written() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _json_line({"score": float("nan")})
+
+
+def test_an_output_keeps_its_link_and_mode(model, tmp_path) -> None:
+    target, link = tmp_path / "files" / "private.npy", tmp_path / "link.npy"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    arguments = ["embed", "--model", model("embed"), "a", "--output", str(link)]
+    assert main(arguments) == 0  # a link to nothing yet
+    target.write_bytes(b"old")
+    target.chmod(0o600)
+    assert main(arguments) == 0
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert np.load(target).shape == (1, 24)
+    assert os.listdir(tmp_path / "files") == ["private.npy"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "stream", "message"),
+    [
+        (["a"], "stdout", "stdout: expected it open, or --output FILE"),
+        (["--input", "-"], "stdin", "stdin: expected it open, or --input FILE"),
+        ([], "stdin", "expected TEXT, --input FILE or text on stdin"),
+    ],
+)
+def test_closed_streams(texts, stream, message, model, capsys, monkeypatch) -> None:
+    """What Python makes of ``>&-`` and ``<&-``."""
+    monkeypatch.setattr(sys, stream, None)
+    assert main(["classify", "--model", model("classify"), *texts]) == 2
+    assert capsys.readouterr().err == f"bertfast classify: {message}\n"
 
 
 def test_help_is_quick_and_complete(capsys) -> None:

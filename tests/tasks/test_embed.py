@@ -180,6 +180,10 @@ def test_the_layout_of_sentence_transformers(sentence_transformer) -> None:
         ((), {"pooling": {"pooling_mode": "cls", "include_prompt": False}}, "prompt's tokens"),
         ((), {"length": {"max_seq_length": "long"}}, "integer as max_seq_length, got 'long'"),
         ((), {"prompts": {"default_prompt_name": "q"}}, "expected a prompt named 'q'"),
+        ((), {"prompts": {"default_prompt_name": ["q"], "prompts": {}}}, r"prompt named \['q'\]"),
+        ((), {"prompts": {"truncate_dim": "abc"}}, "integer as truncate_dim, got 'abc'"),
+        ((), {"prompts": {"truncate_dim": True}}, "integer as truncate_dim, got True"),
+        ((), {"prompts": {"truncate_dim": 0}}, "integer as truncate_dim, got 0"),
     ],
 )
 def test_refuses_what_it_has_not(modules, files, message, sentence_transformer) -> None:

@@ -79,6 +79,13 @@ def test_refuses(model, tokenizer, text, top_k, error, message) -> None:
         FillMask(model, tokenizer)(text, top_k)
 
 
+def test_refuses_more_text_than_there_is_memory_for(model, tokenizer) -> None:
+    fill = FillMask(model, tokenizer)
+    with pytest.raises(ValueError, match=r"at most 67108864 .*2000 masks \* 5 \(top_k\) \* 14000"):
+        fill("[MASK] " * 2000)
+    assert len(fill("[MASK] " * 200)) == 200
+
+
 def test_a_long_text_is_read_in_windows(model, tokenizer) -> None:
     """Each mask in the window where it sees most; the text of a candidate is the whole text."""
     words = ["sat"] * 23
