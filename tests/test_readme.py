@@ -25,7 +25,8 @@ def _report():
 
 def test_the_tables_are_what_the_committed_json_says():
     report = _report()
-    (source,) = set(re.findall(r"\]\((benchmarks/results/[^)]*\.json)\)", README))
+    generated = README.partition(report.BEGIN)[2].partition(report.END)[0]
+    (source,) = set(re.findall(r"\]\((benchmarks/results/[^)]*\.json)\)", generated))
     text = report.report(report.load(ROOT / source), source)
     assert report.insert(README, text) == README, (
         f"run: python benchmarks/report.py {source} --readme README.md"
@@ -120,13 +121,31 @@ def test_the_committed_figures_meet_the_target(measured, target):
     assert set(short) == set(target.missed), short
 
 
-def test_the_committed_figures_of_embedding():
+def _of_its_own(name):
+    """The rows of a benchmark that was run alone, and what the report makes of them."""
     report = _report()
-    (source,) = (ROOT / "benchmarks" / "results").glob("embed-cpu-*.json")
-    (group,) = report.by_group(report.rows_of(report.load(source)), "embed texts").values()
+    (source,) = (ROOT / "benchmarks" / "results").glob(f"{name}-cpu-*.json")
+    rows = report.rows_of(report.load(source))
+    for text in report.embed_section(rows) + report.accelerated_section(rows):
+        assert text in README
+    return report, rows
+
+
+def test_the_committed_figures_of_embedding():
+    report, rows = _of_its_own("embed")
+    (group,) = report.by_group(rows, "embed texts").values()
     ours = group["bertfast"]["seconds"]
     assert group["transformers"]["seconds"] >= 3 * ours
     assert group["sentence-transformers"]["seconds"] >= 1.5 * ours
+
+
+def test_the_committed_figures_inside_transformers():
+    report, rows = _of_its_own("transformers")
+    groups = report.by_group(rows, "accelerated step ")
+    assert len(groups) == 4, sorted(groups)
+    for name, group in groups.items():
+        least = 1.5 if "mean 70" in name else 1.15
+        assert group["transformers"]["seconds"] >= least * group["bertfast"]["seconds"], name
 
 
 @pytest.mark.parametrize("word", ["gelu", "layernorm"])
