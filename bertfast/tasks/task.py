@@ -80,6 +80,8 @@ class Task(Generic[Input, Result]):
         if not isinstance(self._module, self.models):
             names = " or ".join(kind.__name__ for kind in self.models)
             raise TypeError(f"model: expected a {names}, got {type(model).__name__}")
+        if self._module.device.type == "meta":
+            raise ValueError("device: expected one that holds weights, got 'meta'")
         self.model = model
         self.tokenizer = _copy(tokenizer)
         self.mask = mask_token(self.tokenizer)
