@@ -20,13 +20,13 @@ transformers = pytest.importorskip("transformers")
 LENGTHS = mixed_lengths(8, 70, 128)
 
 
-def labelled_batch():
-    batch = padded_batch(LENGTHS)
+def labelled_batch(lengths):
+    batch = padded_batch(lengths)
     generator = torch.Generator().manual_seed(2)
     chosen = torch.rand(batch["input_ids"].shape, generator=generator) < 0.15
     labelled = chosen & batch["attention_mask"].bool()
     batch["labels"] = batch["input_ids"].masked_fill(~labelled, -100)
-    batch["next_sentence_label"] = torch.arange(len(LENGTHS)) % 2
+    batch["next_sentence_label"] = torch.arange(len(lengths)) % 2
     return batch
 
 
@@ -42,7 +42,7 @@ def calls_of(folder, dtype) -> Calls:
         "transformers": peer,
         "compile": copy.deepcopy(peer),
     }
-    batch = labelled_batch()
+    batch = labelled_batch(LENGTHS)
     with torch.no_grad():
         losses = [models[name].eval()(**batch).loss for name in ("bertfast", "transformers")]
     torch.testing.assert_close(*losses)

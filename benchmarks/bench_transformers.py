@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from .bench_model import padded_batch
+from .bench_training import labelled_batch
 from .conftest import mixed_lengths
 from .kernels import DTYPES
 from .turns import Calls
@@ -21,16 +21,6 @@ transformers = pytest.importorskip("transformers")
 
 BATCHES = {"8x128": [128] * 8, "8 of mean 70, longest 128": mixed_lengths(8, 70, 128)}
 IMPLEMENTATIONS = ("bertfast", "transformers", "no_logits", "attention")
-
-
-def labelled_batch(lengths):
-    batch = padded_batch(lengths)
-    generator = torch.Generator().manual_seed(2)
-    chosen = torch.rand(batch["input_ids"].shape, generator=generator) < 0.15
-    labelled = chosen & batch["attention_mask"].bool()
-    batch["labels"] = batch["input_ids"].masked_fill(~labelled, -100)
-    batch["next_sentence_label"] = torch.arange(len(lengths)) % 2
-    return batch
 
 
 def calls_of(name, dtype) -> Calls:

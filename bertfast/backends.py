@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bertfast.errors import BackendError
+from bertfast.kernels.device import architecture
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -47,11 +48,11 @@ def read_winners(path: Path) -> dict[str, dict[str, list[tuple[int, str]]]]:
     The file is what ``make gpu`` measured: ``{"sm_90": {"gelu": {"3072": "triton"}}}``.
     """
     return {
-        architecture: {
+        gpu: {
             word: sorted((int(length), name) for length, name in lengths.items())
             for word, lengths in words.items()
         }
-        for architecture, words in json.loads(path.read_text()).items()
+        for gpu, words in json.loads(path.read_text()).items()
     }
 
 
@@ -172,15 +173,13 @@ def _in_order(word: str, x: Tensor, length: int | None) -> tuple[str, ...]:
     """The word's backends as an automatic choice tries them."""
     if not x.is_cuda or not _winners:
         return TABLE[word]
-    # Not through a cache: torch.compile knows this call as a constant.
-    of_device = torch.cuda.get_device_properties(x.device.index)
-    return by_speed(word, f"sm_{of_device.major}{of_device.minor}", length or x.shape[-1])
+    return by_speed(word, architecture(x.device.index), length or x.shape[-1])
 
 
-def by_speed(word: str, architecture: str, length: int) -> tuple[str, ...]:
+def by_speed(word: str, gpu: str, length: int) -> tuple[str, ...]:
     """The word's backends, first the one that was measured fastest at ``length``: at the next
     longer one that was measured, or the longest."""
-    measured = _winners.get(architecture, {}).get(word, [])
+    measured = _winners.get(gpu, {}).get(word, [])
     if not measured:
         return TABLE[word]
     fastest = measured[-1][1]

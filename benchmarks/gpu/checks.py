@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,7 @@ def large(place: Place, word: str, backend: str) -> Result:
     return {"green": torch.equal(got, expected), "elements": elements}
 
 
-def _sanitizer(tool: str) -> Check:
-    def check(place: Place, word: str, backend: str) -> Result:
-        return _under_compute_sanitizer(tool, place, word, backend)
-
-    return check
-
-
-def _under_compute_sanitizer(tool: str, place: Place, word: str, backend: str) -> Result:
+def _sanitizer(tool: str, place: Place, word: str, backend: str) -> Result:
     """A few gates under one of compute-sanitizer's tools, in a process of their own, for no longer
     than the run has left."""
     program = shutil.which("compute-sanitizer")
@@ -254,5 +248,5 @@ CHECKS: dict[str, Check] = {
     "device": device,
     "large": large,
     "emulation": emulation,
-    **{tool: _sanitizer(tool) for tool in ("memcheck", "racecheck", "synccheck")},
+    **{tool: partial(_sanitizer, tool) for tool in ("memcheck", "racecheck", "synccheck")},
 }

@@ -11,6 +11,7 @@ import torch
 
 from bertfast import testing
 from bertfast.backends import ON_GPU, TABLE, kernel
+from bertfast.kernels.device import architecture
 
 from .. import kernels
 
@@ -94,7 +95,7 @@ class Place:
             about |= {
                 "gpu": properties.name,
                 "gpus": torch.cuda.device_count(),
-                "capability": f"{properties.major}.{properties.minor}",
+                "architecture": architecture(0),
                 "multiprocessors": properties.multi_processor_count,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "driver": _driver(),

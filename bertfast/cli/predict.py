@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from bertfast.cli.arguments import integer, number
-from bertfast.cli.files import Fields, Record, read_arguments, read_file, writing
+from bertfast.cli.files import JSON_LINES, Fields, Record, read_arguments, read_file, writing
 from bertfast.errors import InputError
 
 MANY = 10**9
@@ -363,7 +363,7 @@ def _print(
     as_json: AsJson,
     as_lines: AsLines,
 ) -> None:
-    file_is_json = str(arguments.output).endswith((".jsonl", ".ndjson"))
+    file_is_json = str(arguments.output).endswith(JSON_LINES)
     # Opened first, so that nobody waits for results that cannot be kept.
     with writing(arguments.output) as file:
         for record, result in zip(records, _ask(records, many), strict=True):

@@ -20,9 +20,9 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHea
 
 from bertfast import ops
 from bertfast.integrations._layers import Accelerated, is_computed_by, is_plain
+from bertfast.model.heads import IGNORED
 from bertfast.ops._checks import check_shape
 
-IGNORED = -100
 Transform = Callable[[Tensor], Tensor]
 
 

@@ -11,13 +11,19 @@ from torch import Tensor
 @functools.cache
 def properties(index: int) -> tuple[str, int]:
     """``"sm_90"`` and the like, and the number of multiprocessors."""
+    return architecture(index), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# What is asked while torch.compile traces is read anew each time: torch.compile knows the device's
+# properties as a constant, but no cache around them.
+def architecture(index: int) -> str:
+    """``"sm_90"`` and the like."""
     of_device = torch.cuda.get_device_properties(index)
-    return f"sm_{of_device.major}{of_device.minor}", of_device.multi_processor_count
+    return f"sm_{of_device.major}{of_device.minor}"
 
 
 def shared_memory(index: int) -> int:
-    """Bytes that a block may have, where it asks for more than all may. Not kept: torch.compile
-    knows the properties as a constant, but no cache around them."""
+    """Bytes that a block may have, where it asks for more than all may."""
     of_device: Any = torch.cuda.get_device_properties(index)
     return int(of_device.shared_memory_per_block_optin)
 
@@ -26,7 +32,6 @@ def unsupported_by_gpu(x: Tensor) -> str | None:
     """Why no kernel for a GPU can take ``x``, or None."""
     if not x.is_cuda:
         return f"the input is on {x.device}, not on a CUDA device"
-    # Read anew each time: torch.compile knows this call as a constant, but no cache around it.
     if torch.cuda.get_device_properties(x.device.index).major < 8:
         return f"{x.device} has a compute capability below 8.0"
     return unsupported_dtype(x)

@@ -45,6 +45,7 @@ PREDICTION_BIAS = "cls.predictions.bias"
 PARTS = (POOLER, PREDICTIONS, "cls.seq_relationship.", CLASSIFIER, "qa_outputs.")
 
 Model = TypeVar("Model", bound=BertPreTrainedModel)
+_CPU = torch.device("cpu")
 
 
 def load(
@@ -82,10 +83,27 @@ def load(
         CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
         TypeError, ValueError: a bad argument.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    check_dtype(dtype)
     device = _device(device)
-    source, given = open_source(path, config, revision), config is not None
+    source = open_source(path, config, revision)
+    return build(
+        cls, source, given=config is not None, dtype=dtype, device=device, options=options,
+        fresh_heads=fresh_heads,
+    )  # fmt: skip
+
+
+def build(
+    cls: type[Model],
+    source: Source,
+    *,
+    given: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device = _CPU,
+    options: dict[str, Any] | None = None,
+    fresh_heads: bool = True,
+) -> Model:
+    """What :func:`load` does, of a checkpoint that is open already; ``given`` says that its config
+    is the caller's."""
     config = source.config
     fields = vars(config).keys() - {"extra"}
     options = dict(options or {})
@@ -130,9 +148,15 @@ def load(
         warnings.warn(
             f"{source.file}: has no {', '.join(part.rstrip('.') for part in fresh)}, which "
             f"{cls.__name__} draws anew; train before use",
-            stacklevel=3,
+            stacklevel=4,
         )
     return model.eval()
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse what no parameter can be; None is as it is stored."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
 
 
 def _device(device: torch.device | str | None) -> torch.device:

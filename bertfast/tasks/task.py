@@ -256,20 +256,18 @@ def check_pair(index: int, names: tuple[str, str], value: Any) -> tuple[str, str
 
 def check_count(name: str, value: Any, highest: int, what: str) -> int:
     """``value`` if it is an integer from 1 to ``highest``, the number of ``what``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if not 1 <= value <= highest:
-        raise ValueError(f"{name}: expected 1 to {highest} ({what}), got {value}")
-    return value
+    return _between(name, value, 1, highest, f" ({what})")
 
 
 def _integer(name: str, value: Any, default: int, low: int, high: int) -> int:
-    if value is None:
-        return default
+    return default if value is None else _between(name, value, low, high)
+
+
+def _between(name: str, value: Any, low: int, high: int, what: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+        raise ValueError(f"{name}: expected {low} to {high}{what}, got {value}")
     return value
 
 

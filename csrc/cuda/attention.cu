@@ -33,9 +33,7 @@ __global__ void __launch_bounds__(256, D > 64 ? 1 : 2) attention_kernel(Forward 
   const int buffers = a.ahead ? 2 : 1;
   const Tile<D> queries = Tile<D>{0}.behind(slot * (rows + 2 * buffers * a.key_rows));
   const Tile<D> columns = queries.behind(rows), values = columns.behind(buffers * a.key_rows);
-  int end = s.keys;
-  if (a.causal && first + rows + s.keys - s.queries < end)
-    end = first + rows + s.keys - s.queries > 0 ? first + rows + s.keys - s.queries : 0;
+  const int end = s.seen_by(a, first + rows);
   const auto copy = [&](int key) {
     const int buffer = key / key_block % buffers * a.key_rows;
     columns.behind(buffer).load(k, s.begin_k + key, a.key_rows, s.keys - key, thread, threads);

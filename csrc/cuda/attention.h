@@ -40,6 +40,11 @@ __device__ __forceinline__ float row_sum(float v) {
   return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
+// n, but at least 0.
+__device__ __forceinline__ int at_most(int64_t n, int most) {
+  return n < most ? n < 0 ? 0 : static_cast<int>(n) : most;
+}
+
 // One sequence, inside the tensors and no longer than the longest, whatever is in cu_seqlens.
 struct Sequence {
   int64_t begin_q, begin_k;
@@ -48,6 +53,11 @@ struct Sequence {
   __device__ __forceinline__ Sequence(const Attention& a, int64_t i) {
     bounds(a.cu_seqlens_q, i, a.tokens_q, a.longest_q, begin_q, queries);
     bounds(a.cu_seqlens_k, i, a.tokens_k, a.longest_k, begin_k, keys);
+  }
+
+  // Keys that one of the first `queries` queries sees.
+  __device__ __forceinline__ int seen_by(const Attention& a, int queries_) const {
+    return a.causal ? at_most(queries_ + keys - queries, keys) : keys;
   }
 
   static __device__ __forceinline__ void bounds(const int32_t* cu_seqlens, int64_t i,

@@ -131,10 +131,6 @@ struct Share {
   }
 };
 
-__device__ __forceinline__ int at_most(int64_t n, int most) {
-  return n < most ? n < 0 ? 0 : static_cast<int>(n) : most;
-}
-
 // The plan that the registers are given out by: threads of a block, of several short heads or one,
 // and blocks that a multiprocessor is to have room for.
 template <int WARPS>
@@ -180,9 +176,7 @@ __global__ void __launch_bounds__(most_threads<WARPS>(), least_blocks<D, WARPS>(
   const Tile<key_block> kept{values.behind(buffers * a.key_rows).begin},
       dscores = kept.behind(rows);
 
-  int end = s.keys;
-  if (!KEYS && a.causal && first + rows + s.keys - s.queries < end)
-    end = first + rows + s.keys - s.queries > 0 ? first + rows + s.keys - s.queries : 0;
+  const int end = KEYS ? s.keys : s.seen_by(a, first + rows);
   const auto copy = [&](int key) {
     const int buffer = key / key_block % buffers * a.key_rows;
     columns.behind(buffer).load(k, s.begin_k + key, a.key_rows, s.keys - key, thread, threads);

