@@ -19,8 +19,9 @@ from transformers.models.roberta.modeling_roberta import RobertaLMHead
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHead
 
 from bertfast import ops
-from bertfast.integrations._layers import Accelerated, is_computed_by, is_plain
+from bertfast.integrations._layers import Accelerated
 from bertfast.model.heads import IGNORED
+from bertfast.model.plain import is_computed_by, is_plain
 from bertfast.ops._checks import check_shape
 
 Transform = Callable[[Tensor], Tensor]

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from bertfast import backends, ops
 from bertfast.integrations._packing import Packing, pad, places, sequences
 from bertfast.model.base import draw_seed
+from bertfast.model.plain import is_plain, is_plain_norm, is_plain_table
 from bertfast.ops._checks import check_shape
 
 # The class of an activation module and what it is to ops.gelu; others are called as they are.
@@ -53,37 +54,6 @@ class Batch:
     def dropout_p(self, dropout: Any) -> float:
         """The probability of a dropout module now: its own mode and ``p`` count."""
         return dropout.p if _drops(dropout) else 0.0
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does nothing but what ``kind`` does with its parameters."""
-    return type(module) is kind and is_computed_by(module, kind)
-
-
-def is_computed_by(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling the module runs ``kind``'s forward and no hooks; it may be of a subclass."""
-    return (
-        isinstance(module, kind)
-        and type(module).forward is kind.forward
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
-def _is_plain_table(module: Any) -> bool:
-    return (
-        is_plain(module, nn.Embedding)
-        and module.max_norm is None
-        and not module.scale_grad_by_freq
-        and not module.sparse
-    )
-
-
-def _is_plain_norm(module: Any) -> bool:
-    return is_plain(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 
 class Accelerated(nn.Module):
@@ -224,11 +194,11 @@ class AcceleratedModel(Accelerated):
         if token_type is not None:
             types = take("token_type_ids", call["token_type_ids"])
             types = torch.zeros_like(positions) if types is None else types
-        if embeds is None and not _is_plain_table(part.word_embeddings):
+        if embeds is None and not is_plain_table(part.word_embeddings):
             embeds = part.word_embeddings(ids)
         p = batch.dropout_p(part.dropout)
         tables = [table for table in (token_type, part.position_embeddings) if table is not None]
-        if not _is_plain_norm(part.LayerNorm) or not all(map(_is_plain_table, tables)):
+        if not is_plain_norm(part.LayerNorm) or not all(map(is_plain_table, tables)):
             x = part.word_embeddings(ids) if embeds is None else embeds
             x = x if token_type is None else x + token_type(types)
             x = part.LayerNorm(x + part.position_embeddings(positions))
@@ -435,7 +405,7 @@ def _add_norm(
 ) -> Tensor:
     """``norm(residual + dropout(x))``."""
     p = 0.0 if dropout is None else batch.dropout_p(dropout)
-    if not _is_plain_norm(norm):
+    if not is_plain_norm(norm):
         dropped = ops.dropout(x, p, seed=batch.seed, site=site, backend=batch.backend)
         return norm(dropped + residual)
     return ops.layernorm(
