@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from bertfast.model.config import BertConfig
 from bertfast.model.families import as_config
-from bertfast.model.keywords import FORWARD, check_off, one_device, same_thing, switch
+from bertfast.model.keywords import (
+    FORWARD,
+    SAVE_PRETRAINED,
+    check_off,
+    one_device,
+    same_thing,
+    switch,
+)
 from bertfast.model.plain import is_plain
 
 if TYPE_CHECKING:
@@ -122,15 +129,22 @@ class BertPreTrainedModel(nn.Module):
         )
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", **others: Any
     ) -> None:
         """Write ``config.json`` and safetensors; see :func:`bertfast.model.checkpoint.save`.
 
         Args:
             path: directory, created if need be.
             max_shard_size: bytes per weight file, as a number or as ``"200MB"``.
+            others: transformers' keywords (``safe_serialization=True``, ``state_dict=None``, …)
+                where they ask for nothing.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or a model that ``from_pretrained`` would refuse.
         """
         from bertfast.model import checkpoint
+
+        check_off(f"{type(self).__name__}.save_pretrained", others, SAVE_PRETRAINED)
 
         checkpoint.save(self, path, max_shard_size=max_shard_size)
 
@@ -149,6 +163,21 @@ class BertPreTrainedModel(nn.Module):
         """The encoder: this model itself, or what its head sits on."""
         base: Any = getattr(self, "bert", self)
         return base
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters are, a tied one counted once.
+
+        Args:
+            only_trainable: those alone that require gradients.
+            exclude_embeddings: without the three tables.
+        """
+        tables = (m for m in self.modules() if isinstance(m, nn.Embedding))
+        left_out = {id(p) for m in tables for p in m.parameters()} if exclude_embeddings else set()
+        return sum(
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The word table."""

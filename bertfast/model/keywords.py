@@ -65,6 +65,18 @@ FROM_PRETRAINED: dict[str, tuple[Any, ...]] = {
     "use_flash_attention_2": (None, False),
 }
 
+# And ``save_pretrained``.
+SAVE_PRETRAINED: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (None, True),
+    "is_main_process": (None, True),
+    "push_to_hub": (None, False),
+    "state_dict": (None,),
+    "save_function": (None,),
+    "variant": (None,),
+    "token": (None,),
+    "save_original_format": (None, False),
+}
+
 
 def same_thing(name: str, value: Any, older: str, old: Any) -> Any:
     """One value by its two names.

@@ -64,7 +64,7 @@ def test_accumulated_batches_count_by_their_labels(text, tmp_path):  # noqa: F81
         model = twin(untrained("Bert", tokenizer), tmp_path)
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=rows,
-            gradient_accumulation_steps=steps, learning_rate=1e-2, save_strategy="no",
+            gradient_accumulation_steps=steps, learning_rate=0.1, save_strategy="no",
             report_to=[], use_cpu=True, disable_tqdm=True, seed=3, optim="sgd", max_grad_norm=0.0,
         )  # fmt: skip
         trainer = transformers.Trainer(

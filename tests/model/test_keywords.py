@@ -292,6 +292,29 @@ def test_what_cannot_be_loaded_is_not_saved(change, message, tiny_config, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_keywords_of_saving(saved):
+    model = bertfast.BertForMaskedLM.from_pretrained(saved)
+    model.save_pretrained(saved, safe_serialization=True, is_main_process=True, state_dict=None)
+    with pytest.raises(ValueError, match=r"^safe_serialization: expected None or True, got bool F"):
+        model.save_pretrained(saved, safe_serialization=False)
+    with pytest.raises(ValueError, match=r"^state_dict: expected None, got Ord"):
+        model.save_pretrained(saved, state_dict=model.state_dict())
+    with pytest.raises(TypeError, match=r"^where: expected a keyword of BertForMaskedLM\.save_pre"):
+        model.save_pretrained(saved, where=saved)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_numbers_of_parameters(frozen, saved):
+    ours = bertfast.BertForMaskedLM.from_pretrained(saved)
+    theirs = transformers.BertForMaskedLM.from_pretrained(saved)
+    for model in (ours, theirs):
+        model.get_input_embeddings().weight.requires_grad_(not frozen)
+    for only_trainable in (False, True):
+        for exclude_embeddings in (False, True):
+            keywords = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
+            assert ours.num_parameters(**keywords) == theirs.num_parameters(**keywords)
+
+
 def test_a_decoder_of_its_own_is_said(tiny_config, tmp_path):
     model = bertfast.BertForMaskedLM(tiny_config())
     decoder = torch.nn.Linear(24, 37)
