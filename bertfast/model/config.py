@@ -116,6 +116,8 @@ class BertConfig:
             setattr(self, name, None if value is None else float(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in UNSUPPORTED:
+            _check_extra({name: value})
         super().__setattr__(name, value)
         # Not while fields are set for the first time, of which ``extra`` is the last.
         if "extra" not in self.__dict__:

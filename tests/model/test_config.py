@@ -166,6 +166,18 @@ def test_assigned_labels_and_numbers_go_along():
         config.num_labels = "3"
 
 
+def test_an_assigned_feature_is_refused_as_a_given_one():
+    config = BertConfig()
+    config.is_decoder = False
+    with pytest.raises(
+        ValueError, match=r"^is_decoder: expected False or None, got bool True; bert"
+    ):
+        config.is_decoder = True
+    with pytest.raises(ValueError, match=r"^position_embedding_type: expected 'absolute' or None"):
+        config.position_embedding_type = "relative_key"
+    assert BertConfig.from_dict(config.to_dict()) == BertConfig()
+
+
 def test_what_a_model_returns_is_written_where_it_was_chosen():
     assert not {"output_hidden_states", "output_attentions", "return_dict"} & {
         *BertConfig().to_dict()
