@@ -19,7 +19,7 @@ from bertfast.errors import CheckpointError
 from bertfast.model import heads
 from bertfast.model.base import BertPreTrainedModel
 from bertfast.model.bert import BertModel
-from bertfast.model.checkpoint import build, check_dtype, parts_of, sync, with_bert
+from bertfast.model.checkpoint import build, checked_dtype, ignored, parts_of, sync, with_bert
 from bertfast.model.config import BertConfig, read_json
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names, possible_names
 from bertfast.model.hub import COMPANIONS
@@ -50,6 +50,7 @@ class ConvertSettings:
     hidden_act: str | None = None
     max_positions: int | None = None
     revision: str | None = None
+    ignore: tuple[str, ...] = ()
     force: bool = False
 
 
@@ -61,13 +62,15 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         ValueError: ``out`` is there already, or the tokenizer is damaged or does not fit.
         OSError: ``out`` cannot be written.
     """
-    check_dtype(settings.dtype)
+    checked_dtype(settings.dtype)
     place = locate(settings.source, settings.revision)
     directory = directory_of(place)
     out = Path(settings.out)
     _check_out(out, directory, settings.force)
     source = open_source(place)
-    stored = {with_bert(n) for n in possible_names(source.family, source.tensors)}
+    ignoring = ignored(source, settings.ignore)
+    kept = source.tensors.keys() - set(ignoring)
+    stored = {with_bert(n) for n in possible_names(source.family, kept)}
     head = choose_head(source.config, stored) if settings.head == "auto" else settings.head
     cls, _ = CLASSES[head]
     options: dict[str, Any] = {}
@@ -80,7 +83,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         options["max_position_embeddings"] = settings.max_positions
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = build(cls, source, dtype=settings.dtype, options=options)
+        model = build(cls, source, dtype=settings.dtype, options=options, ignore=settings.ignore)
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
             "max_position_embeddings": model.config.max_position_embeddings,
             "parameters": sum(p.numel() for p in model.parameters()),
             "left_out": _left_out(source, stored, model),
+            "ignored": ignoring,
             "tokenizer": tokenizer,
             "warnings": [str(w.message) for w in caught if w.category is UserWarning],
             "files": {
@@ -146,6 +150,8 @@ def render(report: dict[str, Any]) -> str:
     ]
     if report["left_out"]:
         lines.append(f"  left out: {', '.join(report['left_out'])}")
+    if report["ignored"]:
+        lines.append(f"  ignored: {', '.join(report['ignored'])}")
     if tokenizer is None:
         lines.append("  no tokenizer: expected tokenizer.json or vocab.txt in the source")
     else:

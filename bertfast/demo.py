@@ -350,7 +350,7 @@ def _same_outputs(
     model.eval()
     reloaded.eval()
     with torch.no_grad():
-        a, b = model(**batch), reloaded(**batch)
+        a, b = (m(**batch, return_dict=True) for m in (model, reloaded))
     model.train(was_training)
     return torch.equal(a.prediction_logits, b.prediction_logits) and torch.equal(
         a.seq_relationship_logits, b.seq_relationship_logits

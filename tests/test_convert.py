@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bertfast
 from bertfast import convert as module
@@ -363,3 +364,29 @@ def test_bad_arguments(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_beyond_the_model_are_left_out_by_pattern(tmp_path, capsys):
+    source = tmp_path / "source"
+    torch.manual_seed(0)
+    model = bertfast.BertForPreTraining(bertfast.BertConfig(**CONFIG))
+    model.save_pretrained(source)
+    file = source / "model.safetensors"
+    more = {"cls.species.weight": torch.ones(2, 8), "bert.embeddings.chains": torch.arange(3)}
+    save_file({**load_file(file), **more}, file)
+    with pytest.raises(CheckpointError, match=r"convert --ignore, leaves out what a pattern mat"):
+        run(source, tmp_path / "out")
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--ignore", "cls.species.*"]
+    assert main([*arguments, "--ignore", "*chains"]) == 0
+    assert "  ignored: bert.embeddings.chains, cls.species.weight\n" in capsys.readouterr().out
+    same(bertfast.BertForPreTraining.from_pretrained(tmp_path / "out"), model)
+    # A head that is left out is not the one that is chosen.
+    report = run(source, tmp_path / "words", ignore=(*more, "cls.seq_relationship.*"))
+    assert report["class"] == "BertForMaskedLM"
+    assert report["ignored"] == sorted([*more, "cls.seq_relationship.bias",
+                                        "cls.seq_relationship.weight"])  # fmt: skip
+    for pattern in ("cls.nothing.*", "cls.predictions.*"):
+        assert main([*arguments, "--force", "--ignore", "*chains", "--ignore", pattern]) == (
+            2 if "nothing" in pattern else 0
+        )
+    assert "got 'cls.nothing.*', which none of its" in capsys.readouterr().err

@@ -160,6 +160,13 @@ def _add_convert(verbs: Any) -> None:
         metavar="N",
         help="keep the first N positions only",
     )
+    convert.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out stored tensors with such names, as cls.species.*; may be given again",
+    )
     convert.add_argument("--revision", help="branch, tag or commit on the hub")
     convert.add_argument("--force", action="store_true", help="replace a checkpoint in OUT")
     convert.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
@@ -211,6 +218,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         hidden_act=arguments.hidden_act,
         max_positions=arguments.max_positions,
         revision=arguments.revision,
+        ignore=tuple(arguments.ignore),
         force=arguments.force,
     )
     report = convert(settings)

@@ -11,6 +11,7 @@ feed-forward block's output.
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +20,41 @@ from torch.utils.checkpoint import checkpoint
 
 from bertfast import backends, ops
 from bertfast.model.base import BertPreTrainedModel
-from bertfast.model.config import BertConfig
+from bertfast.model.config import ERF, BertConfig
 from bertfast.model.outputs import EncoderOutput
 from bertfast.model.packing import Batch, make_batch
+from bertfast.model.plain import is_plain, is_plain_norm, is_plain_table
 
 
-def check_linear(name: str, module: nn.Module) -> None:
-    """Refuse what computes something else than ``F.linear`` of its parameters, as a LoRA wrapper.
-
-    Where the parameters are read directly, ``module.forward`` would be left out silently.
-    Subclasses that only change where the parameters come from (``parametrize``) are fine.
-    """
-    if getattr(type(module), "forward", None) is not nn.Linear.forward:
-        raise TypeError(
-            f"{name}: expected an nn.Linear, whose parameters are read as weights, "
-            f"got {type(module).__name__}, whose forward would not be called"
-        )
-
-
-def linear_activation(x: Tensor, dense: nn.Linear, hidden_act: str, name: str) -> Tensor:
-    """``activation(dense(x))``, the bias added inside the GELU; ``name`` is for messages."""
+def linear_activation(x: Tensor, dense: nn.Linear, hidden_act: str) -> Tensor:
+    """``activation(dense(x))``, the bias added inside the GELU where nothing is in between."""
     if hidden_act == "relu":
         return F.relu(dense(x))
-    check_linear(name, dense)
-    approximate = "none" if hidden_act == "gelu" else "tanh"
+    approximate = "none" if hidden_act in ERF else "tanh"
+    if not is_plain(dense, nn.Linear):
+        return ops.gelu(dense(x), approximate=approximate)
     return ops.gelu(F.linear(x, dense.weight), dense.bias, approximate=approximate)
+
+
+def norm_of_sum(
+    x: Tensor, residual: Tensor | None, norm: nn.LayerNorm, p: float, seed: Tensor | None, site: int
+) -> Tensor:
+    """``norm(residual + dropout(x))``, in ``x``'s dtype; the module is called where it is not a
+    plain one, with the same dropout mask."""
+    if is_plain_norm(norm):
+        return ops.layernorm(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            residual=residual,
+            dropout_p=p,
+            seed=seed,
+            site=site,
+        )
+    x = ops.dropout(x, p, seed=seed, site=site)
+    out: Tensor = norm(x if residual is None else residual + x)
+    return out.to(x.dtype)
 
 
 class BertEmbeddings(nn.Module):
@@ -59,43 +70,68 @@ class BertEmbeddings(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, batch: Batch, seed: Tensor | None) -> Tensor:
-        word, input_ids = self.word_embeddings.weight, batch.input_ids
-        padding_idx = self.word_embeddings.padding_idx
-        if input_ids is None:
-            # The given vectors are the word table, and every token has a row of its own.
-            assert batch.inputs_embeds is not None
-            word, padding_idx = self._given_vectors(batch.inputs_embeds), None
-            input_ids = torch.arange(batch.tokens, device=word.device)
+        p = self.dropout_p if self.training else 0.0
+        word, input_ids, vectors = self.word_embeddings, batch.input_ids, batch.inputs_embeds
+        if vectors is not None:
+            vectors = self._given_vectors(vectors)
+        elif not is_plain_table(word):
+            vectors = word(input_ids).to(self.dtype)
+        tables = (self.token_type_embeddings, self.position_embeddings)
+        if not (is_plain_norm(self.LayerNorm) and all(map(is_plain_table, tables))):
+            return self._from_modules(
+                batch, word(input_ids) if vectors is None else vectors, p, seed
+            )
+        if vectors is not None:
+            # The vectors are the word table, and every token has a row of its own.
+            table, padding_idx = vectors, None
+            input_ids = torch.arange(batch.tokens, device=vectors.device)
+        else:
+            table, padding_idx = word.weight, word.padding_idx
+        assert input_ids is not None
         return ops.embedding(
             input_ids,
             batch.token_type_ids,
             batch.position_ids,
-            word,
+            table,
             self.token_type_embeddings.weight,
             self.position_embeddings.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
             padding_idx=padding_idx,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=p,
             seed=seed,
             site=0,
         )
 
+    def _from_modules(self, batch: Batch, words: Tensor, p: float, seed: Tensor | None) -> Tensor:
+        """The same by calling tables and LayerNorm, one of which does more than it says."""
+        types = self.token_type_embeddings(batch.token_type_ids)
+        x = self.LayerNorm(words + types + self.position_embeddings(batch.position_ids))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.dropout(x, p, seed=seed, site=0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tables' dtype, also of those that are not a plain table any more."""
+        return next(self.parameters()).dtype
+
     def _given_vectors(self, inputs_embeds: Tensor) -> Tensor:
-        table = self.word_embeddings.weight
-        if inputs_embeds.shape[-1] != table.shape[1]:
+        hidden = self.LayerNorm.normalized_shape[-1]
+        dtype = self.dtype
+        if inputs_embeds.shape[-1] != hidden:
             raise ValueError(
-                f"inputs_embeds: expected vectors of hidden_size {table.shape[1]}, "
+                f"inputs_embeds: expected vectors of hidden_size {hidden}, "
                 f"got {inputs_embeds.shape[-1]}"
             )
-        if inputs_embeds.dtype == table.dtype:
+        if inputs_embeds.dtype == dtype:
             return inputs_embeds
         if not torch.is_autocast_enabled(inputs_embeds.device.type):
             raise TypeError(
-                f"inputs_embeds: expected {table.dtype} as the model, got {inputs_embeds.dtype}"
+                f"inputs_embeds: expected {dtype} as the model, got {inputs_embeds.dtype}"
             )
-        return inputs_embeds.to(table.dtype)
+        return inputs_embeds.to(dtype)
 
 
 class BertSelfAttention(nn.Module):
@@ -160,16 +196,8 @@ class BertAddNorm(nn.Module):
         self.dropout_p, self.site = config.hidden_dropout_prob, site
 
     def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
-        return ops.layernorm(
-            self.dense(x),
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            self.LayerNorm.eps,
-            residual=residual,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            seed=seed,
-            site=self.site,
-        )
+        p = self.dropout_p if self.training else 0.0
+        return norm_of_sum(self.dense(x), residual, self.LayerNorm, p, seed, self.site)
 
 
 class BertAttention(nn.Module):
@@ -196,7 +224,7 @@ class BertIntermediate(nn.Module):
         self.hidden_act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_activation(x, self.dense, self.hidden_act, "intermediate.dense")
+        return linear_activation(x, self.dense, self.hidden_act)
 
 
 class BertLayer(nn.Module):
@@ -228,36 +256,57 @@ class BertEncoder(nn.Module):
         x: Tensor,
         batch: Batch,
         seed: Tensor | None,
-        output_hidden_states: bool,
+        layout: Batch | None,
         output_attentions: bool,
     ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-        """The last layer's output, and what was asked for of all layers; the input comes first."""
-        hidden_states, attentions = [x], []
+        """The last layer's output; in ``layout`` every hidden state, the input first; attentions.
+
+        Without a ``layout`` there are no hidden states.
+        """
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor | None] = []
+        x = _shown(x, layout, hidden_states)
         for layer in self.layer:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, probabilities = _checkpointed(layer, x, batch, seed, output_attentions)
             else:
                 x, probabilities = layer(x, batch, seed, output_attentions)
-            if output_hidden_states:
-                hidden_states.append(x)
+            x = _shown(x, layout, hidden_states)
             if output_attentions:
                 attentions.append(probabilities)
         return x, hidden_states, attentions
 
 
+def _shown(x: Tensor, layout: Batch | None, hidden_states: list[Tensor]) -> Tensor:
+    """Add a hidden state as it is returned, and give what the next layer reads."""
+    if layout is None:
+        return x
+    hidden_states.append(layout.pad(x))
+    # From what is returned, which costs a copy of padded input, so that gradients come by there.
+    return layout.pack(hidden_states[-1]) if torch.is_grad_enabled() else x
+
+
 def _checkpointed(layer: nn.Module, *inputs: object) -> tuple[Tensor, Tensor | None]:
-    # The mask is a function of the seed, so there is no generator to rewind. Recomputation may
-    # run on autograd's own thread, which does not see this thread's choice of a backend.
-    # A compiled graph has the backend baked in, and torch.compile cannot trace such a context_fn.
-    if torch.compiler.is_compiling():
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    # Recomputation may run on autograd's own thread, which does not see this thread's choice of a
+    # backend. A compiled graph has it baked in, and torch.compile cannot trace such a context_fn.
     chosen = backends.current()
+    options: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = lambda: (nullcontext(), backends.backend(chosen))
     return checkpoint(
-        layer,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), backends.backend(chosen)),
+        layer, *inputs, use_reentrant=False, preserve_rng_state=_may_draw(layer), **options
+    )
+
+
+def _may_draw(layer: nn.Module) -> bool:
+    """Whether a part of a layer may use torch's generators, as LoRA's dropout does.
+
+    Our own dropout masks are functions of the seed, so that nothing is to be rewound for them.
+    """
+    ours = (nn.Linear, nn.LayerNorm)
+    return not all(
+        is_plain(part, type(part)) and (type(part) in ours or type(part).__module__ == __name__)
+        for part in layer.modules()
     )
 
 
@@ -292,6 +341,7 @@ class BertModel(BertPreTrainedModel):
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
@@ -307,9 +357,11 @@ class BertModel(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         seed: int | Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        layout: Batch | None = None,
+        **others: Any,
     ) -> EncoderOutput | tuple[Tensor | tuple[Tensor, ...], ...]:
         """Encode a batch: padded ``(B, S)``, or packed ``(T,)`` with ``cu_seqlens``.
 
@@ -327,10 +379,18 @@ class BertModel(BertPreTrainedModel):
             max_seqlen: the longest packed sequence or more.
             seed: of the dropout masks, an int or an int64 tensor of one element; None draws one
                 from torch's CPU generator. Ignored when nothing is dropped.
-            output_hidden_states: also return the embedding's and every layer's output.
+            output_hidden_states: also return the embedding's and every layer's output. With
+                gradients, layers are computed from what is returned, so that ``retain_grad`` on
+                one of them has its effect; on padded input this costs two copies a layer.
             output_attentions: also return the attention probabilities, before dropout. They are
-                computed a second time by plain torch, which is slow and takes S × S memory.
-            return_dict: False returns a tuple of what was computed.
+                computed a second time by plain torch, which is slow and takes S × S memory, and
+                outputs are not computed from them: a loss gives them no gradient.
+            return_dict: False returns a tuple of what was computed. This one and the two before
+                are as the config's fields of these names say where they are None.
+            layout: for heads: the padded batch that this packed input is of, in whose layout the
+                hidden states are returned.
+            others: transformers' other keywords (``head_mask``, ``past_key_values``,
+                ``use_cache``, ``encoder_hidden_states``, …), None or False.
 
         Returns:
             ``last_hidden_state`` ``(B, S, H)`` or ``(T, H)``, ``pooler_output`` ``(B, H)``,
@@ -339,6 +399,9 @@ class BertModel(BertPreTrainedModel):
         Raises:
             TypeError, ValueError: a bad input; the message names the argument.
         """
+        hidden, attention, as_output = self._asked(
+            output_hidden_states, output_attentions, return_dict, others
+        )
         batch = make_batch(
             input_ids,
             attention_mask,
@@ -351,13 +414,12 @@ class BertModel(BertPreTrainedModel):
         )
         seed = self.dropout_seed(seed, batch.position_ids.device)
         x = self.embeddings(batch, seed)
-        x, hidden_states, attentions = self.encoder(
-            x, batch, seed, output_hidden_states, output_attentions
-        )
+        shown_in = (batch if layout is None else layout) if hidden else None
+        x, hidden_states, attentions = self.encoder(x, batch, seed, shown_in, attention)
         output = EncoderOutput(
-            last_hidden_state=batch.pad(x),
+            last_hidden_state=hidden_states[-1] if hidden and layout is None else batch.pad(x),
             pooler_output=None if self.pooler is None else self.pooler(x, batch.cu_seqlens),
-            hidden_states=batch.pad_all(tuple(hidden_states)) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(hidden_states) if hidden else None,
+            attentions=tuple(attentions) if attention else None,
         )
-        return output if return_dict else output.to_tuple()
+        return output if as_output else output.to_tuple()

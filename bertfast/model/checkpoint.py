@@ -10,15 +10,19 @@ of these:
 * a tied decoder may be stored or not, and its bias under either of its names;
 * a head or pooler that the model does not have is skipped; one that the checkpoint does not have
   is drawn anew, with a warning;
+* tensors that a pattern of the caller's leaves out;
 * the position table is longer than the caller asks for: its first rows are taken;
 * what :mod:`bertfast.model.families` says of BERT's relatives.
 """
 
+import dataclasses
+import fnmatch
+import inspect
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,8 +33,9 @@ from torch import Tensor
 from bertfast.errors import CheckpointError
 from bertfast.model.base import BertPreTrainedModel, init_parameter
 from bertfast.model.bert import BertModel
-from bertfast.model.config import BertConfig
+from bertfast.model.config import UNSUPPORTED, BertConfig
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
+from bertfast.model.keywords import FROM_PRETRAINED, check_off, switch
 from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
 
 BODY = ("embeddings.", "encoder.", "pooler.")
@@ -41,8 +46,12 @@ TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"
 DECODER_BIAS = "cls.predictions.decoder.bias"
 PREDICTION_BIAS = "cls.predictions.bias"
+TIED = {DECODER: WORD_TABLE, DECODER_BIAS: PREDICTION_BIAS}
 # Each of these is in a checkpoint, or in a model, as a whole or not at all.
 PARTS = (POOLER, PREDICTIONS, "cls.seq_relationship.", CLASSIFIER, "qa_outputs.")
+
+FIELDS = {field.name for field in dataclasses.fields(BertConfig)} - {"extra"}
+WAY_ROUND = "ignore= in from_pretrained, or convert --ignore, leaves out what a pattern matches"
 
 Model = TypeVar("Model", bound=BertPreTrainedModel)
 _CPU = torch.device("cpu")
@@ -53,11 +62,14 @@ def load(
     path: str | os.PathLike[str],
     *,
     config: BertConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    revision: str | None = None,
     options: dict[str, Any] | None = None,
     fresh_heads: bool = True,
+    ignore: Sequence[str] = (),
+    ignore_mismatched_sizes: bool = False,
+    use_safetensors: bool | None = None,
+    **hub: Any,
 ) -> Model:
     """Build ``cls`` with the weights that ``path`` means, in evaluation mode.
 
@@ -70,25 +82,43 @@ def load(
         cls: the model class.
         path: a directory, a TensorFlow checkpoint's prefix (``…/bert_model.ckpt``), or the id of a
             model on the hub, for which ``huggingface_hub`` must be installed.
-        config: in place of the checkpoint's; its weights are then taken for BERT's.
-        dtype: of the parameters; None keeps the checkpoint's, or float32 if it mixes several.
+        config: in place of the checkpoint's; its weights are then taken for BERT's, or for those
+            of what a config of transformers is of.
+        dtype: of the parameters, or its name; None or ``"auto"`` keeps the checkpoint's, or float32
+            if it mixes several.
         device: where the parameters go; None is the CPU.
-        revision: branch, tag or commit on the hub; None is its main branch.
         options: config fields to override, and ``cls``'s own arguments. A
             ``max_position_embeddings`` below the checkpoint's cuts its position table.
         fresh_heads: a head that the checkpoint does not have is drawn anew; False makes it an
             error, as for predictions it is one.
+        ignore: patterns of stored tensors to leave out; see :func:`ignored`.
+        ignore_mismatched_sizes: parameters of another shape than stored are drawn anew, with a
+            warning.
+        use_safetensors: True wants ``model.safetensors``, in shards or not.
+        hub: ``revision``, ``local_files_only``, ``token``, ``cache_dir``; see
+            :func:`bertfast.model.sources.locate`.
 
     Raises:
         CheckpointError: files are missing, damaged or foreign, or names or shapes do not fit.
         TypeError, ValueError: a bad argument.
     """
-    check_dtype(dtype)
+    dtype = checked_dtype(dtype)
     device = _device(device)
-    source = open_source(path, config, revision)
+    for name, value in (("fresh_heads", fresh_heads),
+                        ("ignore_mismatched_sizes", ignore_mismatched_sizes)):  # fmt: skip
+        switch(name, value, False)
+    if use_safetensors not in (None, True):
+        raise ValueError(f"use_safetensors: expected None or True, got {use_safetensors!r}")
+    options = _known(cls, options or {})
+    source = open_source(path, config, **hub)
+    if use_safetensors and ".safetensors" not in source.file.name:
+        raise CheckpointError(
+            f"{source.file.parent}: expected {SAFETENSORS}, as use_safetensors says, got "
+            f"{source.file.name}"
+        )
     return build(
         cls, source, given=config is not None, dtype=dtype, device=device, options=options,
-        fresh_heads=fresh_heads,
+        fresh_heads=fresh_heads, ignore=ignore, ignore_mismatched_sizes=ignore_mismatched_sizes,
     )  # fmt: skip
 
 
@@ -101,13 +131,14 @@ def build(
     device: torch.device = _CPU,
     options: dict[str, Any] | None = None,
     fresh_heads: bool = True,
+    ignore: Sequence[str] = (),
+    ignore_mismatched_sizes: bool = False,
 ) -> Model:
     """What :func:`load` does, of a checkpoint that is open already; ``given`` says that its config
     is the caller's."""
     config = source.config
-    fields = vars(config).keys() - {"extra"}
     options = dict(options or {})
-    overrides = {name: options.pop(name) for name in list(options) if name in fields}
+    overrides = {name: options.pop(name) for name in list(options) if name in FIELDS}
     if overrides:
         config = config.replace(**overrides)
     if cls is BertModel and not source.family.has_pooler:
@@ -116,10 +147,10 @@ def build(
     # On the meta device a model costs no memory, so shapes are compared before any is allocated.
     with torch.device("meta"):
         model = cls(config, **options)
-    weights, stored_names = _canonical(source, model)
+    weights, stored_names = _canonical(source, model, ignore)
     chosen = given or "max_position_embeddings" in overrides
     rows = _positions(source, config, weights, chosen)
-    fresh = _match(source.file, model, weights)
+    fresh = _match(source.file, model, weights, ignore_mismatched_sizes)
     if fresh and not fresh_heads:
         raise CheckpointError(
             f"{source.file}: expected the weights of a trained {cls.__name__}, "
@@ -146,17 +177,59 @@ def build(
     model.tie_weights()
     if fresh:
         warnings.warn(
-            f"{source.file}: has no {', '.join(part.rstrip('.') for part in fresh)}, which "
+            f"{source.file}: has no {listed(part.rstrip('.') for part in fresh)}, which "
             f"{cls.__name__} draws anew; train before use",
             stacklevel=4,
         )
     return model.eval()
 
 
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Refuse what no parameter can be; None is as it is stored."""
-    if dtype is not None and dtype not in FLOATS:
+def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A parameter's dtype, also by its name; None, and ``"auto"``, is as it is stored."""
+    if dtype is None or dtype == "auto":
+        return None
+    names = {str(known).removeprefix("torch."): known for known in FLOATS}
+    found = names.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in FLOATS:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    return found
+
+
+def _known(cls: type[BertPreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``from_pretrained``'s other keywords that mean something; the rest must not."""
+    own = inspect.signature(cls.__init__).parameters.keys() - {"self", "config"}
+    given = {name: value for name, value in options.items() if name in FIELDS | own}
+    others = {name: value for name, value in options.items() if name not in given}
+    check_off(
+        f"{cls.__name__}.from_pretrained",
+        others,
+        UNSUPPORTED | FROM_PRETRAINED,
+        " or a field of its config",
+    )
+    return given
+
+
+def ignored(source: Source, patterns: Sequence[str]) -> list[str]:
+    """The stored tensors that any of ``patterns`` matches: the shell's, with ``*``, ``?``, ``[…]``.
+
+    Raises:
+        TypeError: one is no string.
+        ValueError: one matches none.
+    """
+    if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+        raise TypeError(f"ignore: expected a list of patterns, got {type(patterns).__name__}")
+    found: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"ignore: expected strings, got {type(pattern).__name__}")
+        matches = fnmatch.filter(source.tensors, pattern)
+        if not matches:
+            raise ValueError(
+                f"ignore: expected patterns of tensors in {source.file}, got {pattern!r}, which "
+                f"none of its {len(source.tensors)} matches"
+            )
+        found.update(matches)
+    return sorted(found)
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -169,10 +242,10 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _canonical(
-    source: Source, model: BertPreTrainedModel
+    source: Source, model: BertPreTrainedModel, ignore: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights under the names that a whole Hugging Face BERT has today, without buffers, and
-    the stored names of those."""
+    """The weights under the names that a whole Hugging Face BERT has today, without buffers and
+    what is to be left out, and the stored names of those."""
     file, family = source.file, source.family
     parts = parts_of(with_bert(name) for name, _ in model.named_parameters())
     act = family.prediction_act
@@ -183,12 +256,25 @@ def _canonical(
         )
     weights: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
+    left_out = ignored(source, ignore)
+    needed = {with_bert(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, new in bert_names(file, family, source.tensors, parts).items():
         if new is None:
             continue
         new = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", with_bert(new)))
-        if new in BUFFERS:
+        if name in left_out and new in needed:
+            raise ValueError(
+                f"ignore: expected patterns of tensors that {type(model).__name__} does not need, "
+                f"got one that matches {name}"
+            )
+        if new in BUFFERS or name in left_out:
             continue
+        dtype = source.tensors[name].dtype
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file}: expected {name} in one of {', '.join(map(str, FLOATS))}, got {dtype}"
+                + ("" if new in needed else f"; {WAY_ROUND}")
+            )
         if new in weights:
             raise CheckpointError(f"{file}: expected one {new}, got {origin[new]} and {name}")
         weights[new], origin[new] = source.tensors[name], name
@@ -235,14 +321,26 @@ def _positions(
     return rows
 
 
-def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
+def _match(
+    file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor], redraw: bool
+) -> list[str]:
     """Reduce ``weights`` to the model's parameters; what cannot be explained is an error.
 
+    ``redraw``: a parameter of another shape is one that the checkpoint does not have.
+
     Returns:
-        The parts of the model that the checkpoint does not have.
+        The parts of the model, and parameters, that the checkpoint does not have.
     """
     shapes = {with_bert(name): tuple(p.shape) for name, p in model.named_parameters()}
     has_head = parts_of(shapes)
+    # An alias as well, which else would be compared with what it is tied to.
+    other = {
+        name
+        for name, weight in weights.items()
+        if redraw and tuple(weight.shape) != shapes.get(TIED.get(name, name), tuple(weight.shape))
+    }
+    for name in other:
+        del weights[name]
     for name in [n for n in weights if n.startswith(PARTS) and not n.startswith(tuple(has_head))]:
         del weights[name]
     _merge_aliases(file, model, weights, shapes)
@@ -254,11 +352,13 @@ def _match(file: Path, model: BertPreTrainedModel, weights: dict[str, Tensor]) -
         if part in has_head and not any(name.startswith(part) for name in weights)
     ]
     missing = {name for name in missing if not name.startswith(tuple(fresh))}
+    fresh += [f"{name} of shape {shapes[name]}" for name in sorted(missing & other)]
+    missing -= other
     problems = []
     if missing:
         problems.append(f"missing: {listed(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {listed(unexpected)}")
+        problems.append(f"unexpected: {listed(unexpected)} ({WAY_ROUND})")
     wrong = [
         f"{name} is {tuple(weights[name].shape)} where the config makes it {shape}"
         for name, shape in shapes.items()
@@ -346,11 +446,14 @@ def save(
 
     Raises:
         TypeError, ValueError: a bad ``path`` or ``max_shard_size``.
+        ValueError: the model has other tensors than one of its class and config, as a pruned, a
+            quantised or an adapted one has, which :func:`load` would refuse.
         OSError: the directory cannot be written.
     """
     limit = _bytes(max_shard_size)
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path: expected a directory's path, got {type(path).__name__}")
+    _check_savable(model)
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     # named_parameters gives a tied parameter once, under its first name, as Hugging Face stores it.
@@ -426,6 +529,63 @@ def _equal_files(a: Path, b: Path) -> bool:
 
 def _temporary(directory: Path, name: str) -> Path:
     return directory / f".{name}.{os.getpid()}.tmp"
+
+
+# What libraries call the tensors that they put in the place of a weight, and what undoes it.
+WAYS_OUT = (
+    (r"_mask$|_orig$", "torch.nn.utils.prune.remove(module, 'weight'), or remove_spectral_norm"),
+    (r"_[guv]$", "torch.nn.utils.remove_weight_norm(module), or remove_spectral_norm"),
+    (r"\.parametrizations\.", "torch.nn.utils.parametrize.remove_parametrizations"),
+    (r"lora_|\.base_layer\.|\.modules_to_save\.", "peft's merge_and_unload()"),
+)
+
+
+def _check_savable(model: BertPreTrainedModel) -> None:
+    """Refuse a model that :func:`load` would refuse after it was written."""
+    try:
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+    except TypeError:  # a class of somebody's own, with arguments that only they know
+        return
+    expected = {name: tuple(p.shape) for name, p in plain.named_parameters(remove_duplicate=False)}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.state_dict().keys() - tensors.keys()
+    # A pooler may be left out, or somebody's own part; a head is known to be missing, too.
+    whole = parts_of(with_bert(name) for name in tensors)
+    missing = [
+        name
+        for name in expected.keys() - tensors.keys()
+        if not with_bert(name).startswith(tuple(set(PARTS) - whole))
+    ]
+    odd = sorted({*tensors.keys() - expected.keys(), *buffers})
+    wrong = [
+        f"{name} is {tensors[name].dtype} {tuple(tensors[name].shape)} where the config makes it "
+        f"{shape}"
+        for name, shape in expected.items()
+        if name in tensors
+        and (tuple(tensors[name].shape) != shape or tensors[name].dtype not in FLOATS)
+    ]
+    problems = [
+        f"{kind}: {listed(names, separator)}"
+        for kind, names, separator in (
+            ("missing", missing, ", "), ("unexpected", odd, ", "), ("shapes", wrong, "; "),
+        )
+        if names
+    ]  # fmt: skip
+    table, decoder = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = decoder is not None and model.config.tie_word_embeddings
+    if tied and not problems and decoder.weight is not table.weight:  # type: ignore[union-attr]
+        problems.append(
+            "the decoder's weight is not the word table, which config.tie_word_embeddings says it "
+            "is; call tie_weights(), or set it to False"
+        )
+    if problems:
+        ways = [way for pattern, way in WAYS_OUT if any(re.search(pattern, name) for name in odd)]
+        raise ValueError(
+            f"save_pretrained: expected the weights of a plain {type(model).__name__} of its "
+            f"config, which from_pretrained reads; {'; '.join(problems)}"
+            + (f". Before saving: {'; '.join(ways)}" if ways else "")
+        )
 
 
 def _shards(weights: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

@@ -9,7 +9,10 @@ from typing import Any
 
 from bertfast.errors import CheckpointError
 
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# Hugging Face's names for the GELU by erf and for its approximation by tanh.
+ERF = ("gelu", "gelu_python")
+TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
+ACTIVATIONS = (*ERF, *TANH, "relu")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Bounds that no BERT comes near; beyond them a config.json is damaged or hostile, and is refused
@@ -29,7 +32,11 @@ UNSUPPORTED = {
     "is_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
+    "torchscript": (False, None),
 }
+
+# What a model returns by itself. ``config.json`` has them where somebody chose otherwise.
+RETURNED = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
 
 
 @dataclass
@@ -42,7 +49,8 @@ class BertConfig:
         num_hidden_layers: encoder layers, 0 or more.
         num_attention_heads: heads per layer; each is ``hidden_size / heads`` wide, 256 at most.
         intermediate_size: width inside the feed-forward block.
-        hidden_act: ``gelu`` (erf), ``gelu_new`` and ``gelu_pytorch_tanh`` (tanh), or ``relu``.
+        hidden_act: ``gelu`` and ``gelu_python`` (erf), ``gelu_new``, ``gelu_pytorch_tanh``,
+            ``gelu_fast`` and ``gelu_python_tanh`` (tanh), or ``relu``.
         hidden_dropout_prob: dropout after the embedding and on both residual branches.
         attention_probs_dropout_prob: dropout on the attention probabilities.
         max_position_embeddings: rows of the position table, the longest sequence.
@@ -52,11 +60,15 @@ class BertConfig:
         pad_token_id: the word whose row gets no gradient; None for no such word.
         classifier_dropout: dropout before a classifier; None takes ``hidden_dropout_prob``.
         tie_word_embeddings: the masked-LM decoder shares the word table.
-        num_labels: outputs of a classifier; None takes it from ``id2label``, or 2.
-        id2label, label2id: names of the outputs; made up as ``LABEL_0`` … when missing.
+        num_labels: outputs of a classifier; None takes it from ``id2label``, or 2. Where it is
+            given, or assigned later, and is not the number of names, these are made up anew.
+        id2label, label2id: names of the outputs; made up as ``LABEL_0`` … when missing. Assigning
+            ``id2label`` changes the other two along.
         problem_type: the loss of sequence classification: ``regression``,
             ``single_label_classification``, ``multi_label_classification``; None decides by the
             number of labels and their dtype.
+        output_hidden_states, output_attentions, return_dict: what a model returns where the call
+            does not say; as arguments of ``BertModel.forward``.
         extra: what else ``config.json`` held, kept so that it is written back.
 
     Raises:
@@ -85,17 +97,36 @@ class BertConfig:
     id2label: dict[int, str] = None  # type: ignore[assignment]
     label2id: dict[str, int] = None  # type: ignore[assignment]
     problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
     model_type = "bert"
 
     def __post_init__(self) -> None:
-        self._name_labels()
+        self._name_labels(self.num_labels, self.id2label, self.label2id)
+        for name, default in RETURNED.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self.validate()
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
                      "initializer_range", "layer_norm_eps"):  # fmt: skip
             value = getattr(self, name)
             setattr(self, name, None if value is None else float(value))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in UNSUPPORTED:
+            _check_extra({name: value})
+        super().__setattr__(name, value)
+        # Not while fields are set for the first time, of which ``extra`` is the last.
+        if "extra" not in self.__dict__:
+            return
+        if name == "num_labels" and value != len(self.id2label):
+            _integer("num_labels", value, 1, MAX_LABELS)
+            self._name_labels(value, None, None)
+        elif name == "id2label":
+            self._name_labels(None, value, None)
 
     @property
     def head_size(self) -> int:
@@ -144,9 +175,9 @@ class BertConfig:
             _number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
         _number("initializer_range", self.initializer_range, 0.0)
         _number("layer_norm_eps", self.layer_norm_eps, 0.0, 1.0)
-        tie: Any = self.tie_word_embeddings
-        if not isinstance(tie, bool):
-            raise TypeError(f"tie_word_embeddings: expected true or false, got {_shown(tie)}")
+        for name in ("tie_word_embeddings", *RETURNED):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
         if self.problem_type is not None:
             _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
         _check_extra(self.extra)
@@ -160,19 +191,15 @@ class BertConfig:
                 f"type_vocab_size={self.type_vocab_size}, num_labels={self.num_labels}"
             )
 
-    def _name_labels(self) -> None:
+    def _name_labels(self, count: Any, names: Any, ids: Any) -> None:
         """Settle ``num_labels`` and the names from whichever of them were given."""
-        count: Any = self.num_labels
-        names: Any = self.id2label
-        ids: Any = self.label2id
         if names is not None:
             names = _label_names(names)
+            # An explicit number has the last word over names that a file has from an older head.
             if count is not None and count != len(names):
-                raise ValueError(
-                    f"num_labels: expected {len(names)}, the number of names in id2label, "
-                    f"got {_shown(count)}"
-                )
-            count = len(names)
+                names = ids = None
+            else:
+                count = len(names)
         elif count is None:
             count = 2
         # Checked before names are made up, which takes memory in proportion to it.
@@ -182,8 +209,8 @@ class BertConfig:
         if ids is None:
             ids = {name: i for i, name in names.items()}
         elif not isinstance(ids, dict):
-            raise TypeError(f"label2id: expected an object, got {_shown(ids)}")
-        self.num_labels, self.id2label, self.label2id = count, names, ids
+            raise TypeError(f"label2id: expected an object, got {shown(ids)}")
+        self.__dict__.update(num_labels=count, id2label=names, label2id=ids)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
@@ -193,11 +220,13 @@ class BertConfig:
             TypeError, ValueError: as the class says.
         """
         if not isinstance(values, dict):
-            raise TypeError(f"config: expected an object of names and values, got {_shown(values)}")
+            raise TypeError(f"config: expected an object of names and values, got {shown(values)}")
         values = dict(values)
         model_type = values.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ValueError(f"model_type: expected 'bert', got {_shown(model_type)}")
+            raise ValueError(f"model_type: expected 'bert', got {shown(model_type)}")
+        if "use_return_dict" in values:  # what older files call it
+            values.setdefault("return_dict", values.pop("use_return_dict"))
         names = {f.name for f in fields(cls)} - {"extra"}
         known = {name: values.pop(name) for name in list(values) if name in names}
         return cls(**known, extra=values)
@@ -208,6 +237,9 @@ class BertConfig:
         extra = known.pop("extra")
         # As in Hugging Face's files, the number of labels is the number of their names.
         known.pop("num_labels")
+        for name, default in RETURNED.items():
+            if known[name] is default:
+                known.pop(name)
         known["id2label"] = {str(i): name for i, name in self.id2label.items()}
         known["label2id"] = dict(self.label2id)
         return {**extra, **known, "model_type": self.model_type}
@@ -271,7 +303,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` for a message: its type when it is of an odd one, and never pages of it."""
     text = repr(value)
     text = text if len(text) <= 60 else text[:57] + "..."
@@ -281,7 +313,7 @@ def _shown(value: Any) -> str:
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     wanted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected {wanted}, got {_shown(value)}")
+        raise TypeError(f"{name}: expected {wanted}, got {shown(value)}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}: expected {wanted}, got {value if value < 10**20 else 'more'}")
     if value > MAX_PARAMETERS:
@@ -291,20 +323,20 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
 def _number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> None:
     wanted = f"a number from {low} to {high}" if high <= 1 else f"a finite number >= {low}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected {wanted}, got {_shown(value)}")
+        raise TypeError(f"{name}: expected {wanted}, got {shown(value)}")
     if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{name}: expected {wanted}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {_shown(value)}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
 
 
 def _label_names(id2label: Any) -> dict[int, str]:
     """JSON turns the integer keys into strings; this turns them back."""
     if not isinstance(id2label, dict) or not id2label:
-        raise TypeError(f"id2label: expected an object of label names, got {_shown(id2label)}")
+        raise TypeError(f"id2label: expected an object of label names, got {shown(id2label)}")
     if len(id2label) > MAX_LABELS:
         raise ValueError(f"id2label: expected at most {MAX_LABELS} labels, got {len(id2label)}")
     names: dict[int, str] = {}
@@ -312,21 +344,21 @@ def _label_names(id2label: Any) -> dict[int, str]:
         try:
             names[int(key)] = label if isinstance(label, str) else str(label)
         except (TypeError, ValueError):
-            raise ValueError(f"id2label: expected integers as keys, got {_shown(key)}") from None
+            raise ValueError(f"id2label: expected integers as keys, got {shown(key)}") from None
     if sorted(names) != list(range(len(id2label))):
         raise ValueError(
-            f"id2label: expected the keys 0 to {len(id2label) - 1}, got {_shown(list(id2label))}"
+            f"id2label: expected the keys 0 to {len(id2label) - 1}, got {shown(list(id2label))}"
         )
     return dict(sorted(names.items()))
 
 
 def _check_extra(extra: Any) -> None:
     if not isinstance(extra, dict):
-        raise TypeError(f"extra: expected a dict, got {_shown(extra)}")
+        raise TypeError(f"extra: expected a dict, got {shown(extra)}")
     for name, off in UNSUPPORTED.items():
         if name in extra and not any(extra[name] is v or extra[name] == v for v in off):
             expected = " or ".join(repr(value) for value in off)
             raise ValueError(
-                f"{name}: expected {expected}, got {_shown(extra[name])}; "
+                f"{name}: expected {expected}, got {shown(extra[name])}; "
                 "bertfast does not have this feature"
             )

@@ -194,6 +194,20 @@ def bert_config(values: Any) -> tuple[Family, BertConfig]:
     return family, config
 
 
+def as_config(config: Any) -> tuple[Family, BertConfig]:
+    """A config of ours as it is, and transformers' as the BERT that it describes.
+
+    Raises:
+        TypeError: it is neither.
+        TypeError, ValueError: transformers' describes what no BERT of ours is.
+    """
+    if isinstance(config, BertConfig):
+        return BERT, config
+    if isinstance(getattr(config, "model_type", None), str) and hasattr(config, "to_dict"):
+        return bert_config(config.to_dict())
+    raise TypeError(f"config: expected a BertConfig, got {type(config).__name__}")
+
+
 def bert_names(
     file: Path, family: Family, stored: dict[str, Tensor], parts: set[str]
 ) -> dict[str, str | None]:

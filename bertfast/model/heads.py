@@ -4,7 +4,7 @@ Every head takes the inputs of ``BertModel.forward``, padded or packed, and work
 tokens: it unpads once, hands packed tokens to ``self.bert``, and pads only its outputs.
 """
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from bertfast import ops
 from bertfast.model.base import BertPreTrainedModel, init_parameter
-from bertfast.model.bert import BertModel, check_linear, linear_activation
-from bertfast.model.config import BertConfig
+from bertfast.model.bert import BertModel, linear_activation, norm_of_sum
+from bertfast.model.config import BertConfig, shown
 from bertfast.model.outputs import (
-    EncoderOutput,
     LogitsOutput,
     PreTrainingOutput,
     QuestionAnsweringOutput,
 )
 from bertfast.model.packing import Batch, make_batch
+from bertfast.model.plain import is_plain
 from bertfast.ops._checks import (
     check_device,
     check_integers,
@@ -43,25 +43,44 @@ Inputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tenso
 class Options(TypedDict, total=False):
     """What every head's ``forward`` takes besides its inputs and labels.
 
-    ``cu_seqlens``, ``max_seqlen``, ``seed``, ``output_hidden_states`` and ``output_attentions`` as
-    in ``BertModel.forward``; ``return_dict=False`` returns a tuple of what was computed.
+    ``cu_seqlens``, ``max_seqlen``, ``seed``, ``output_hidden_states``, ``output_attentions``,
+    ``return_dict`` and whatever leaves a feature off, as in ``BertModel.forward``.
+    ``num_items_in_batch``, which transformers' ``Trainer`` gives: the loss is the sum over labels
+    divided by it, in place of their mean.
     """
 
     cu_seqlens: Tensor | None
     max_seqlen: int | None
     seed: int | Tensor | None
-    output_hidden_states: bool
-    output_attentions: bool
+    output_hidden_states: bool | None
+    output_attentions: bool | None
+    return_dict: bool | None
+    num_items_in_batch: int | Tensor | None
+    head_mask: None
+    use_cache: bool | None
+
+
+class Call(NamedTuple):
+    """A head's forward, halfway: the batch, ``self.bert``'s packed output, the dropout seed, and
+    what the caller asked for."""
+
+    batch: Batch
+    out: Any
+    seed: Tensor | None
     return_dict: bool
+    num_items: int | Tensor | None
 
 
 class BertHeadModel(BertPreTrainedModel):
     """A ``BertModel`` under ``self.bert`` and a head on it."""
 
     bert: BertModel
+    # Whether there is one loss, over ``labels``, which transformers' Trainer asks by this name.
+    accepts_loss_kwargs: ClassVar[bool] = True
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         p = config.classifier_dropout
         self.dropout_p = config.hidden_dropout_prob if p is None else p
 
@@ -79,11 +98,18 @@ class BertHeadModel(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         seed: int | Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
-    ) -> tuple[Batch, Any, Tensor | None, bool]:
-        """The batch, ``self.bert``'s packed output, the dropout seed, and ``return_dict``."""
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **others: Any,
+    ) -> Call:
+        if not self.accepts_loss_kwargs:
+            others["num_items_in_batch"] = num_items_in_batch
+        hidden, attention, as_output = self._asked(
+            output_hidden_states, output_attentions, return_dict, others
+        )
+        num_items = None if num_items_in_batch is None else _count(num_items_in_batch)
         batch = make_batch(
             *inputs, cu_seqlens, max_seqlen, max_positions=self.config.max_position_embeddings
         )
@@ -91,10 +117,12 @@ class BertHeadModel(BertPreTrainedModel):
         out = self.bert(
             **batch.packed_inputs(),
             seed=seed,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            output_hidden_states=hidden,
+            output_attentions=attention,
+            return_dict=True,
+            layout=batch,
         )
-        return batch, out, seed, return_dict
+        return Call(batch, out, seed, as_output, num_items)
 
     def _dropout(self, x: Tensor, seed: Tensor | None) -> Tensor:
         """The dropout before a classifier, on the rows of ``x``."""
@@ -113,8 +141,8 @@ class BertPredictionTransform(nn.Module):
         self.hidden_act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = linear_activation(x, self.dense, self.hidden_act, "transform.dense")
-        return ops.layernorm(x, self.LayerNorm.weight, self.LayerNorm.bias, self.LayerNorm.eps)
+        x = linear_activation(x, self.dense, self.hidden_act)
+        return norm_of_sum(x, None, self.LayerNorm, 0.0, None, 0)
 
 
 class BertPredictionHead(nn.Module):
@@ -131,13 +159,18 @@ class BertPredictionHead(nn.Module):
         """``(T, hidden)`` to logits ``(T, vocab)``."""
         return self.decoder(self.transform(x))
 
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
         """Mean cross-entropy of ``(T, hidden)`` against ``(T,)``; only labelled tokens cost."""
-        check_linear("predictions.decoder", self.decoder)
         labelled = (labels != IGNORED).nonzero().squeeze(1)
         hidden = self.transform(x.index_select(0, labelled))
         labels = labels.index_select(0, labelled)
-        return ops.cross_entropy(hidden, self.decoder.weight, self.decoder.bias, labels)
+        decoder = self.decoder
+        if not is_plain(decoder, nn.Linear):
+            return _class_loss("labels", decoder(hidden), labels, num_items)
+        if num_items is None:
+            return ops.cross_entropy(hidden, decoder.weight, decoder.bias, labels)
+        total = ops.cross_entropy(hidden, decoder.weight, decoder.bias, labels, reduction="sum")
+        return total / num_items
 
 
 class BertMaskedLMHead(nn.Module):
@@ -147,6 +180,10 @@ class BertMaskedLMHead(nn.Module):
         super().__init__()
         self.predictions = BertPredictionHead(config)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``(T, hidden)`` to logits ``(T, vocab)``."""
+        return self.predictions(x)
+
 
 class BertNextSentenceHead(nn.Module):
     """``cls`` of a next-sentence model."""
@@ -154,6 +191,10 @@ class BertNextSentenceHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """``(B, hidden)`` to logits ``(B, 2)``."""
+        return self.seq_relationship(pooled)
 
 
 class BertPreTrainingHeads(nn.Module):
@@ -164,14 +205,23 @@ class BertPreTrainingHeads(nn.Module):
         self.predictions = BertPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
+    def forward(self, x: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """``(T, hidden)`` and ``(B, hidden)`` to logits ``(T, vocab)`` and ``(B, 2)``."""
+        return self.predictions(x), self.seq_relationship(pooled)
+
 
 class BertPredictionModel(BertHeadModel):
     """A head model with a masked-LM decoder under ``self.cls.predictions``."""
 
-    cls: BertMaskedLMHead | BertPreTrainingHeads
+    head: ClassVar[type[nn.Module]] = BertMaskedLMHead
+    cls: Any
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, embeddings: nn.Linear) -> None:
+        """Replace the masked-LM decoder; call :meth:`tie_weights` for its bias's other name."""
+        self.cls.predictions.decoder = embeddings
 
     def tie_weights(self) -> None:
         predictions = self.cls.predictions
@@ -180,15 +230,31 @@ class BertPredictionModel(BertHeadModel):
             predictions.decoder.weight = self.get_input_embeddings().weight
 
     def _predict(
-        self, batch: Batch, x: Tensor, labels: Tensor | None, output_logits: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The masked-LM loss, and the logits where they are wanted."""
-        predictions, loss, logits = self.cls.predictions, None, None
-        if labels is not None:
-            loss = predictions.loss(x, batch.labels("labels", labels))
-        if labels is None or output_logits:
-            logits = batch.pad(predictions(x))
-        return loss, logits
+        self, call: Call, labels: Tensor | None, output_logits: bool, *more: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        """The masked-LM loss; the logits where they are wanted; what ``self.cls`` made of ``more``.
+
+        With labels, the decoder's product and the loss are one op on labelled tokens, unless
+        somebody watches or changes what comes in between.
+        """
+        batch, x = call.batch, call.out.last_hidden_state
+        loss: Tensor | None = None
+        logits: Any = None
+        rest: Any = None
+        packed = None if labels is None else batch.labels("labels", labels)
+        read = (self.cls, type(self).head), (self.cls.predictions, BertPredictionHead)
+        called = not all(is_plain(module, kind) for module, kind in read)
+        if packed is None or output_logits or called:
+            logits = self.cls(x, *more)
+            logits, rest = logits if more else (logits, None)
+        elif more:
+            rest = self.cls.seq_relationship(*more)
+        if packed is not None and called:
+            loss = _class_loss("labels", logits, packed, call.num_items)
+        elif packed is not None:
+            loss = self.cls.predictions.loss(x, packed, call.num_items)
+        wanted = labels is None or output_logits
+        return loss, batch.pad(logits) if wanted else None, rest
 
 
 class BertForMaskedLM(BertPredictionModel):
@@ -200,6 +266,7 @@ class BertForMaskedLM(BertPredictionModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertMaskedLMHead(config)
         self._init_head()
@@ -229,9 +296,9 @@ class BertForMaskedLM(BertPredictionModel):
             ``(B, S, vocab)`` or ``(T, vocab)``, zeros on padding.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, _, return_dict = self._encode(inputs, **options)
-        loss, logits = self._predict(batch, out.last_hidden_state, labels, output_logits)
-        return _finish(LogitsOutput(loss, logits), batch, out, return_dict)
+        call = self._encode(inputs, **options)
+        loss, logits, _ = self._predict(call, labels, output_logits)
+        return _finish(LogitsOutput(loss, logits), call)
 
 
 class BertForPreTraining(BertPredictionModel):
@@ -241,10 +308,13 @@ class BertForPreTraining(BertPredictionModel):
         config: the model's shape.
     """
 
-    cls: BertPreTrainingHeads
+    head = BertPreTrainingHeads
+    # Two losses, of words and of sentences, have no number of items in common.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config)
         self.cls = BertPreTrainingHeads(config)
         self._init_head()
@@ -276,13 +346,13 @@ class BertForPreTraining(BertPredictionModel):
             ``(B, S, vocab)`` or ``(T, vocab)``; ``seq_relationship_logits`` ``(B, 2)``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, _, return_dict = self._encode(inputs, **options)
-        loss, logits = self._predict(batch, out.last_hidden_state, labels, output_logits)
-        relationship = self.cls.seq_relationship(out.pooler_output)
+        call = self._encode(inputs, **options)
+        pooled = call.out.pooler_output
+        loss, logits, relationship = self._predict(call, labels, output_logits, pooled)
         if next_sentence_label is not None:
             next_loss = _class_loss("next_sentence_label", relationship, next_sentence_label)
             loss = next_loss if loss is None else loss + next_loss
-        return _finish(PreTrainingOutput(loss, logits, relationship), batch, out, return_dict)
+        return _finish(PreTrainingOutput(loss, logits, relationship), call)
 
 
 class BertForNextSentencePrediction(BertHeadModel):
@@ -294,6 +364,7 @@ class BertForNextSentencePrediction(BertHeadModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config)
         self.cls = BertNextSentenceHead(config)
         self._init_head()
@@ -318,10 +389,10 @@ class BertForNextSentencePrediction(BertHeadModel):
             ``loss``; ``logits`` ``(B, 2)``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, _, return_dict = self._encode(inputs, **options)
-        logits = self.cls.seq_relationship(out.pooler_output)
-        loss = None if labels is None else _class_loss("labels", logits, labels)
-        return _finish(LogitsOutput(loss, logits), batch, out, return_dict)
+        call = self._encode(inputs, **options)
+        logits = self.cls(call.out.pooler_output)
+        loss = None if labels is None else _class_loss("labels", logits, labels, call.num_items)
+        return _finish(LogitsOutput(loss, logits), call)
 
 
 class BertForSequenceClassification(BertHeadModel):
@@ -333,6 +404,7 @@ class BertForSequenceClassification(BertHeadModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
@@ -361,12 +433,12 @@ class BertForSequenceClassification(BertHeadModel):
             ``loss``; ``logits`` ``(B, num_labels)``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, seed, return_dict = self._encode(inputs, **options)
-        logits = self.classifier(self._dropout(out.pooler_output, seed))
-        loss = None if labels is None else self._loss(logits, labels)
-        return _finish(LogitsOutput(loss, logits), batch, out, return_dict)
+        call = self._encode(inputs, **options)
+        logits = self.classifier(self._dropout(call.out.pooler_output, call.seed))
+        loss = None if labels is None else self._loss(logits, labels, call.num_items)
+        return _finish(LogitsOutput(loss, logits), call)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, num_items: int | Tensor | None) -> Tensor:
         check_tensor("labels", labels)
         problem = self.config.problem_type
         if problem is None:
@@ -377,7 +449,7 @@ class BertForSequenceClassification(BertHeadModel):
             else:
                 problem = "single_label_classification"
         if problem == "single_label_classification":
-            return _class_loss("labels", logits, labels)
+            return _class_loss("labels", logits, labels, num_items)
         if problem == "regression" and logits.shape[1] == 1 and labels.dim() == 1:
             labels = labels.unsqueeze(1)
         check_shape("labels", labels, tuple(logits.shape))
@@ -388,7 +460,7 @@ class BertForSequenceClassification(BertHeadModel):
             loss = F.mse_loss(logits, labels, reduction="sum")
         else:
             loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return loss / max(logits.numel(), 1)
+        return loss / (max(logits.numel(), 1) if num_items is None else num_items)
 
 
 class BertForTokenClassification(BertHeadModel):
@@ -400,6 +472,7 @@ class BertForTokenClassification(BertHeadModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config, add_pooling_layer=False)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
@@ -424,12 +497,14 @@ class BertForTokenClassification(BertHeadModel):
             ``loss``; ``logits`` ``(B, S, num_labels)`` or ``(T, num_labels)``, zeros on padding.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, seed, return_dict = self._encode(inputs, **options)
-        logits = self.classifier(self._dropout(out.last_hidden_state, seed))
+        call = self._encode(inputs, **options)
+        logits = self.classifier(self._dropout(call.out.last_hidden_state, call.seed))
         loss = None
         if labels is not None:
-            loss = _class_loss("labels", logits, batch.labels("labels", labels))
-        return _finish(LogitsOutput(loss, batch.pad(logits)), batch, out, return_dict)
+            loss = _class_loss(
+                "labels", logits, call.batch.labels("labels", labels), call.num_items
+            )
+        return _finish(LogitsOutput(loss, call.batch.pad(logits)), call)
 
 
 class BertForQuestionAnswering(BertHeadModel):
@@ -442,8 +517,12 @@ class BertForQuestionAnswering(BertHeadModel):
         ValueError: ``config.num_labels`` is not 2.
     """
 
+    # Positions are no ``labels``, which a number of items is of.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         if config.num_labels != 2:
             raise ValueError(
                 f"num_labels: expected 2 for question answering (start, end), "
@@ -477,16 +556,16 @@ class BertForQuestionAnswering(BertHeadModel):
             positions were given; ``start_logits`` and ``end_logits`` ``(B, S)`` or ``(T,)``.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        batch, out, _, return_dict = self._encode(inputs, **options)
-        scores = self.qa_outputs(out.last_hidden_state).unbind(-1)
+        call = self._encode(inputs, **options)
+        scores = self.qa_outputs(call.out.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            start = _position_loss("start_positions", batch, scores[0], start_positions)
-            end = _position_loss("end_positions", batch, scores[1], end_positions)
+            start = _position_loss("start_positions", call.batch, scores[0], start_positions)
+            end = _position_loss("end_positions", call.batch, scores[1], end_positions)
             loss = (start + end) / 2
-        start_logits, end_logits = (batch.pad(x, torch.finfo(x.dtype).min) for x in scores)
+        start_logits, end_logits = (call.batch.pad(x, torch.finfo(x.dtype).min) for x in scores)
         output = QuestionAnsweringOutput(loss, start_logits, end_logits)
-        return _finish(output, batch, out, return_dict)
+        return _finish(output, call)
 
 
 class BertForMultipleChoice(BertHeadModel):
@@ -498,6 +577,7 @@ class BertForMultipleChoice(BertHeadModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        config = self.config  # transformers' is converted
         self.bert = BertModel(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self._init_head()
@@ -535,16 +615,16 @@ class BertForMultipleChoice(BertHeadModel):
             raise ValueError(
                 f"num_choices: expected an integer >= 1 for packed input, got {num_choices!r}"
             )
-        batch, out, seed, return_dict = self._encode(inputs, **options)
-        scores = self.classifier(self._dropout(out.pooler_output, seed))
+        call = self._encode(inputs, **options)
+        scores = self.classifier(self._dropout(call.out.pooler_output, call.seed))
         if num_choices and scores.shape[0] % num_choices:
             raise ValueError(
                 f"num_choices: expected a divisor of the {scores.shape[0]} packed sequences, "
                 f"got {num_choices}"
             )
         logits = scores.reshape(scores.shape[0] // max(num_choices, 1), num_choices)
-        loss = None if labels is None else _class_loss("labels", logits, labels)
-        return _finish(LogitsOutput(loss, logits), batch, out, return_dict)
+        loss = None if labels is None else _class_loss("labels", logits, labels, call.num_items)
+        return _finish(LogitsOutput(loss, logits), call)
 
 
 def _flatten_choices(inputs: Inputs) -> tuple[Inputs, int]:
@@ -566,18 +646,32 @@ def _flatten_choices(inputs: Inputs) -> tuple[Inputs, int]:
     return (ids, mask, types, positions, embeds), 0 if tokens is None else tokens.shape[1]
 
 
-def _finish(output: Any, batch: Batch, out: EncoderOutput, return_dict: bool) -> Any:
+def _finish(output: Any, call: Call) -> Any:
     """Add what was asked for of all layers, in the caller's layout."""
-    output.hidden_states = batch.pad_all(out.hidden_states)
-    output.attentions = batch.pad_attentions(out.attentions)
-    return output if return_dict else output.to_tuple()
+    output.hidden_states = call.out.hidden_states
+    output.attentions = call.batch.pad_attentions(call.out.attentions)
+    return output if call.return_dict else output.to_tuple()
+
+
+def _count(num_items: int | Tensor) -> int | Tensor:
+    """What a sum of losses is divided by; where nothing is labelled, at all, the sum is 0."""
+    if isinstance(num_items, Tensor) and num_items.numel() == 1 and num_items.dtype != torch.bool:
+        return num_items.reshape(()).clamp(min=1)
+    if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0:
+        raise TypeError(
+            f"num_items_in_batch: expected an integer >= 0 or a tensor of one element, got "
+            f"{shown(num_items)}"
+        )
+    return max(num_items, 1)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _class_loss(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+def _class_loss(
+    name: str, logits: Tensor, labels: Tensor, num_items: int | Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of ``(N, classes)`` against ``(N,)``; 0 where nothing is labelled."""
     check_integers(name, labels)
     if labels.dim() == 2 and labels.shape[1] == 1:
@@ -589,7 +683,7 @@ def _class_loss(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     labels = labels.long()
     # The sum over the count, and not torch's mean, which is NaN for an empty or unlabelled batch.
     loss = F.cross_entropy(_at_least_float32(logits), labels, ignore_index=IGNORED, reduction="sum")
-    return loss / (labels != IGNORED).sum().clamp(min=1)
+    return loss / ((labels != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
 
 def _position_loss(name: str, batch: Batch, scores: Tensor, positions: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ installed. Its settings hold: ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``,
 """
 
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ COMPANIONS = re.compile(
 )
 
 
-def fetch(repo_id: str, revision: str | None = None) -> Path:
+def fetch(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """The directory of a model's config, weights and tokenizer, downloaded unless it is there.
 
     Where the hub cannot be reached, or ``HF_HUB_OFFLINE`` forbids it, what is in the cache is
@@ -29,6 +37,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     Args:
         repo_id: as ``google-bert/bert-base-uncased``.
         revision: branch, tag or commit; None is the main branch.
+        offline: take what is in the cache, whatever is on the hub.
+        token: as huggingface_hub takes it; None is what is set for it.
+        cache_dir: the cache; None is what is set for it.
 
     Raises:
         CheckpointError: ``huggingface_hub`` is not installed, there is no such model, or it can
@@ -41,11 +52,19 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{what}; loading from the hub needs huggingface_hub: pip install 'bertfast[hub]'"
         ) from error
+    cache: dict[str, Any] = {} if cache_dir is None else {"cache_dir": cache_dir}
+    identity: dict[str, Any] = {} if token is None else {"token": token}
+    if offline:
+        cached = _cached(huggingface_hub, repo_id, revision, cache)
+        if cached is not None:
+            return cached
+        raise CheckpointError(f"{what}, nor in the hub's cache (local_files_only)")
     try:
-        model = huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=10)
+        api = huggingface_hub.HfApi(**identity)
+        model = api.model_info(repo_id, revision=revision, timeout=10)
     # Its own errors, those of its HTTP library, OSError: they have no class in common.
     except Exception as error:
-        cached = _cached(huggingface_hub, repo_id, revision)
+        cached = _cached(huggingface_hub, repo_id, revision, cache)
         if cached is not None:
             return cached
         raise CheckpointError(f"{what}; the hub does not give it: {_reason(error)}") from error
@@ -58,8 +77,9 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
         )
     try:
         folder = huggingface_hub.snapshot_download(
-            repo_id, revision=model.sha, allow_patterns=[glob.escape(name) for name in files]
-        )
+            repo_id, revision=model.sha, allow_patterns=[glob.escape(name) for name in files],
+            **cache, **identity,
+        )  # fmt: skip
     except Exception as error:
         raise CheckpointError(f"{what}; downloading failed: {_reason(error)}") from error
     return Path(folder)
@@ -83,10 +103,10 @@ def wanted(names: list[str]) -> list[str]:
     return sorted({*weights, *others, *{CONFIG, GOOGLE_CONFIG, LATEST}.intersection(top)})
 
 
-def _cached(hub: Any, repo_id: str, revision: str | None) -> Path | None:
+def _cached(hub: Any, repo_id: str, revision: str | None, cache: dict[str, Any]) -> Path | None:
     for name in (CONFIG, GOOGLE_CONFIG):
         try:
-            file = hub.try_to_load_from_cache(repo_id, name, revision=revision)
+            file = hub.try_to_load_from_cache(repo_id, name, revision=revision, **cache)
         except ValueError:  # not the form of an id
             return None
         if isinstance(file, str):

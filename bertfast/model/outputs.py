@@ -1,46 +1,78 @@
-"""What a model returns: named fields that also index and unpack like a tuple."""
+"""What a model returns: named fields that are a dictionary, too, and index like a tuple."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
-class ModelOutput:
-    """Base of the outputs. A field that was not computed is None and does not count as an item.
+class ModelOutput(dict[str, Any]):
+    """Base of the outputs, which behave as transformers' do.
 
-    ``out.logits``, ``out["logits"]``, ``out[0]`` and ``loss, logits = out`` all work; iterating
-    gives the values, and ``keys()`` / ``items()`` their names.
+    ``out.logits``, ``out["logits"]`` and ``out[0]`` are the same. A field that was not computed is
+    None and is no item. Iterating gives the items' names, as of any dictionary, and
+    :meth:`to_tuple` their values: ``loss, logits = out.to_tuple()``.
     """
 
-    def keys(self) -> list[str]:
-        """The names of the fields that were computed, in order."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
+    def __init_subclass__(cls) -> None:
+        # So that torch.export, DistributedDataParallel and others find the tensors in it.
+        register_pytree_node(
+            cls,
+            lambda out: (list(out.values()), list(out)),
+            lambda values, names: cls(**dict(zip(names, values, strict=True))),
+            serialized_type_name=f"{cls.__module__}.{cls.__name__}",
+        )
 
-    def items(self) -> list[tuple[str, Any]]:
-        """The computed fields as pairs of name and value."""
-        return [(name, getattr(self, name)) for name in self.keys()]
+    def __post_init__(self) -> None:
+        # Libraries that move or cast an output's tensors make it anew from one argument, its names
+        # and values, as they would any dictionary.
+        first = next(iter(self.__dataclass_fields__))  # type: ignore[attr-defined]
+        given = self.get(first)
+        if given is None or isinstance(given, Tensor) or len(self) > 1:
+            return
+        setattr(self, first, None)
+        for name, value in dict(given).items():
+            self[name] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if value is not None:
+            dict.__setitem__(self, name, value)
+        else:
+            dict.pop(self, name, None)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise KeyError(f"{type(self).__name__} has no field {name!r}")
+        setattr(self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(f"{type(self).__name__} has {', '.join(self)}; got {key!r}")
+        return dict.__getitem__(self, key)
+
+    def __delitem__(self, key: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: its fields cannot be removed, got {key!r}")
+
+    def pop(self, key: Any, *default: Any) -> NoReturn:
+        self.__delitem__(key)
+
+    def setdefault(self, key: Any, default: Any = None) -> NoReturn:
+        self.__delitem__(key)
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.__delitem__("update")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        return type(self), tuple(values)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The computed fields' values."""
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def __getitem__(self, key: int | slice | str) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self.keys():
-            raise KeyError(f"{type(self).__name__} has {', '.join(self.keys())}; got {key!r}")
-        return getattr(self, key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.to_tuple())
-
-    def __len__(self) -> int:
-        return len(self.keys())
+        return tuple(self.values())
 
 
 @dataclass(eq=False)

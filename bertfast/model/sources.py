@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bertfast.errors import CheckpointError
 from bertfast.model.config import MAX_LABELS, BertConfig, read_json
-from bertfast.model.families import BERT, Family, bert_config, google_name
+from bertfast.model.families import BERT, Family, as_config, bert_config, google_name
 from bertfast.model.tensorflow import Checkpoint, is_table
 
 CONFIG = "config.json"
@@ -52,40 +52,50 @@ class Source(NamedTuple):
 
 
 def open_source(
-    path: str | os.PathLike[str], config: BertConfig | None = None, revision: str | None = None
+    path: str | os.PathLike[str], config: Any = None, revision: str | None = None, **hub: Any
 ) -> Source:
     """Find the checkpoint that ``path`` means, and its config unless one is given.
 
     Args:
         path: a directory, the prefix of a TensorFlow checkpoint (``…/bert_model.ckpt``), or the id
             of a model on the hub.
-        config: in place of the checkpoint's.
-        revision: branch, tag or commit on the hub; None is its main branch.
+        config: in place of the checkpoint's, of ours or of transformers'.
+        revision, hub: as :func:`locate`.
 
     Raises:
         CheckpointError: files are missing, damaged or foreign.
         TypeError: a bad argument.
     """
-    if config is not None and not isinstance(config, BertConfig):
-        raise TypeError(f"config: expected a BertConfig, got {type(config).__name__}")
-    place = locate(path, revision)
+    given = None if config is None else as_config(config)
+    place = locate(path, revision, **hub)
     if not place.is_dir():
-        return _open_tensorflow(place, config)
+        return _open_tensorflow(place, given and given[1])
     for name in WEIGHT_FILES:
         file = place / name
         if file.is_file():
-            family = BERT
-            if config is None:
-                family, config = _read_config(place / CONFIG)
+            family, config = given or _read_config(place / CONFIG)
             tensors = _read_shards(file) if name.endswith(".json") else _read_file(file)
             return Source(file, family, config, tensors, tensors.__getitem__)
-    return _open_tensorflow(_prefix(place), config)
+    return _open_tensorflow(_prefix(place), given and given[1])
 
 
-def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+def locate(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """The directory, or the prefix of a TensorFlow checkpoint, that ``path`` means.
 
     Where it is the id of a model on the hub, this is the directory its files were downloaded to.
+
+    Args:
+        path: one of these.
+        revision: branch, tag or commit on the hub; None is its main branch.
+        local_files_only: nothing is downloaded, and what is in the hub's cache is taken.
+        token, cache_dir: as huggingface_hub takes them; None is its own settings.
 
     Raises:
         CheckpointError: there is none.
@@ -114,7 +124,7 @@ def locate(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     if isinstance(path, str) and HUB_ID.fullmatch(path):
         from bertfast.model.hub import fetch
 
-        return fetch(path, revision)
+        return fetch(path, revision, offline=local_files_only, token=token, cache_dir=cache_dir)
     raise CheckpointError(
         f"path: expected a directory, the prefix of a TensorFlow checkpoint or a hub id, got "
         f"{str(path)!r}, which is none of them"
@@ -258,14 +268,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
-    weights = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    for name, weight in weights.items():
-        if weight.dtype not in FLOATS and not name.endswith(("position_ids", "token_type_ids")):
-            raise CheckpointError(
-                f"{file}: expected {name} in one of {', '.join(map(str, FLOATS))}, "
-                f"got {weight.dtype}"
-            )
-    return weights
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

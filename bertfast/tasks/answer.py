@@ -132,7 +132,7 @@ class Answer(Task[tuple[str, str], Answered]):
             rows += self._cut(owner, question, np.array(context.ids, dtype=np.int64))
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[Any]:
-            out = self.model(**inputs)
+            out = self.model(**inputs, return_dict=True)
             logits = (out.start_logits, out.end_logits)
             start, end = (finite(x.float().cpu()).numpy() for x in logits)
             found = []

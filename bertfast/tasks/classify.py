@@ -127,7 +127,7 @@ class Classify(Task[Texts, Tensor]):
         ]
 
     def _read(self, inputs: dict[str, Any], places: Sequence[int]) -> Sequence[Tensor]:
-        logits: Tensor = self.model(**inputs).logits
+        logits: Tensor = self.model(**inputs, return_dict=True).logits
         return finite(logits.float().cpu()).unbind()
 
 

@@ -132,7 +132,7 @@ class Embed(Task[str, Tensor]):
 
     def _read(self, inputs: dict[str, Any], places: Sequence[int]) -> Sequence[Tensor]:
         last_only = self.layers == [self._module.config.num_hidden_layers]
-        out = self.model(**inputs, output_hidden_states=not last_only)
+        out = self.model(**inputs, output_hidden_states=not last_only, return_dict=True)
         if last_only:
             hidden = out.last_hidden_state.float()
         else:

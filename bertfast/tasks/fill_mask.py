@@ -130,7 +130,7 @@ class FillMask(Task[str, list[list[Filled]]]):
         self, inputs: dict[str, Any], places: list[int], top_k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The probabilities and ids of the best tokens at packed ``places``, ``(masks, top_k)``."""
-        hidden = self._module.bert(**inputs).last_hidden_state
+        hidden = self._module.bert(**inputs, return_dict=True).last_hidden_state
         hidden = hidden[torch.tensor(places, dtype=torch.int64, device=hidden.device)]
         logits = self._module.cls.predictions(hidden)
         scores, best = logits.float().softmax(-1).topk(top_k)

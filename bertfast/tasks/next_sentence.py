@@ -43,7 +43,7 @@ class NextSentence(Task[tuple[str, str], float]):
 
     def _read(self, inputs: dict[str, Any], places: Sequence[int]) -> list[float]:
         # Not through the whole model: a pre-training model would predict every word, too.
-        pooled = self._module.bert(**inputs).pooler_output
+        pooled = self._module.bert(**inputs, return_dict=True).pooler_output
         logits = self._module.cls.seq_relationship(pooled)
         # Label 0 is the text that follows.
         probabilities: list[float] = finite(logits.float().cpu()).softmax(-1)[:, 0].tolist()

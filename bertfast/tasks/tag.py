@@ -96,7 +96,7 @@ class Tag(Task[str, Tagged]):
             rows_of[row.owner].append(i)
 
         def read(inputs: dict[str, Any], places: Sequence[int]) -> list[np.ndarray]:
-            logits = finite(self.model(**inputs).logits.float().cpu())
+            logits = finite(self.model(**inputs, return_dict=True).logits.float().cpu())
             probabilities = logits.softmax(-1).numpy()
             starts = inputs["cu_seqlens"].tolist()
             return [

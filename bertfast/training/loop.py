@@ -196,7 +196,7 @@ def _step(
     """What ``training_step`` says, and as a fourth number the gradient's norm before clipping."""
     device = batch["input_ids"].device
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model(**batch)
+        out = model(**batch, return_dict=True)
     optimizer.zero_grad(set_to_none=True)
     out.loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -331,7 +331,7 @@ def evaluate(
         for chunk in group(examples, tokens=batch_tokens):
             batch = to_device(pack(chunk), device)
             labels, is_random = batch.pop("labels"), batch.pop("next_sentence_label")
-            out = model(**batch)
+            out = model(**batch, return_dict=True)
             predicted = labels != IGNORE
             pairs = (
                 (out.prediction_logits[predicted].float(), labels[predicted]),

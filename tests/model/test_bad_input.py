@@ -183,11 +183,49 @@ def test_choices(kwargs, error, message, models):
         models["BertForMultipleChoice"](**kwargs)
 
 
-def test_unknown_arguments_are_named(models):
+OFF = {
+    "head_mask": None, "past_key_values": None, "use_cache": False, "cache_position": None,
+    "encoder_hidden_states": None, "encoder_attention_mask": None, "position_bias": None,
+    "num_items_in_batch": None, "output_hidden_states": None, "output_attentions": None,
+    "return_dict": None,
+}  # fmt: skip
+
+
+def test_transformers_keywords_are_taken_where_they_ask_for_nothing(models):
     for name, model in models.items():
         ids = IDS.unsqueeze(1) if name == "BertForMultipleChoice" else IDS
-        with pytest.raises(TypeError, match="head_mask"):
-            model(ids, head_mask=None)
+        assert list(model(ids, **OFF)) == list(model(ids))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"head_mask": torch.ones(2, 3)}, ValueError, "head_mask: expected None, got Tensor"),
+        ({"past_key_values": ()}, ValueError, "past_key_values: expected None, got tuple ()"),
+        ({"use_cache": True}, ValueError, "use_cache: expected None or False, got bool True"),
+        ({"encoder_hidden_states": EMBEDS}, ValueError, "encoder_hidden_states: expected None"),
+        ({"encoder_attention_mask": IDS}, ValueError, "encoder_attention_mask: expected None"),
+        ({"atention_mask": IDS}, TypeError, "atention_mask: expected a keyword of Bert"),
+        ({"output_hidden_states": [0]}, TypeError,
+         "output_hidden_states: expected True, False or None, got list [0]"),
+        ({"output_attentions": 1}, TypeError, "output_attentions: expected True, False or None"),
+        ({"return_dict": "yes"}, TypeError, "return_dict: expected True, False or None, got str"),
+    ],
+)  # fmt: skip
+def test_keywords_that_ask_for_something_else(kwargs, error, message, models):
+    for name, model in models.items():
+        ids = IDS.unsqueeze(1) if name == "BertForMultipleChoice" else IDS
+        with pytest.raises(error, match=f"^{re.escape(message)}"):
+            model(ids, **kwargs)
+
+
+def test_a_number_of_items_is_for_one_loss_only(models):
+    for name in ("BertModel", "BertForPreTraining", "BertForQuestionAnswering"):
+        with pytest.raises(ValueError, match=r"^num_items_in_batch: expected None, got int 3"):
+            models[name](IDS, num_items_in_batch=3)
+    for value in (-1, True, 2.5, torch.ones(2), torch.tensor(True)):
+        with pytest.raises(TypeError, match=r"^num_items_in_batch: expected an integer >= 0"):
+            models["BertForMaskedLM"](IDS, labels=IDS, num_items_in_batch=value)
 
 
 def test_models_want_a_config(tiny_config):

@@ -82,7 +82,9 @@ def test_probabilities_above_one(name):
         ({"problem_type": "ranking"}, "problem_type: expected one of regression, "),
         ({"pad_token_id": 30522}, "pad_token_id: expected an integer from 0 to 30521, got 30522"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false"),
-        ({"id2label": {"0": "a"}, "num_labels": 3}, "num_labels: expected 1, the number of names"),
+        ({"output_attentions": 1}, "output_attentions: expected true or false, got int 1"),
+        ({"return_dict": "no"}, "return_dict: expected true or false, got str 'no'"),
+        ({"torchscript": True}, "torchscript: expected False"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label: expected the keys 0 to 1"),
         ({"id2label": {"0": "a", "00": "b"}}, "id2label: expected the keys 0 to 1"),
         ({"id2label": {"zero": "a"}}, "id2label: expected integers as keys, got str 'zero'"),
@@ -140,6 +142,53 @@ def test_number_of_labels_makes_their_names():
     assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
     assert config.replace(num_labels=1).id2label == {0: "LABEL_0"}
     assert config.replace(hidden_dropout_prob=0.0).num_labels == 3
+
+
+def test_a_number_of_labels_is_stronger_than_older_names():
+    config = BertConfig.from_dict({"id2label": {"0": "a"}, "label2id": {"a": 0}, "num_labels": 3})
+    for _ in range(2):
+        assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+        assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+        config = BertConfig.from_dict(config.to_dict())
+    named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    assert BertConfig(num_labels=2, **named).id2label == {0: "no", 1: "yes"}
+
+
+def test_assigned_labels_and_numbers_go_along():
+    config = BertConfig(id2label={0: "no", 1: "yes"})
+    config.num_labels = 2
+    assert config.id2label == {0: "no", 1: "yes"}
+    config.num_labels = 3
+    assert config == BertConfig(num_labels=3)
+    config.id2label = {"0": "a"}
+    assert (config.num_labels, config.id2label, config.label2id) == (1, {0: "a"}, {"a": 0})
+    with pytest.raises(TypeError, match=r"^num_labels: expected an integer from 1 to .*, got str"):
+        config.num_labels = "3"
+
+
+def test_an_assigned_feature_is_refused_as_a_given_one():
+    config = BertConfig()
+    config.is_decoder = False
+    with pytest.raises(
+        ValueError, match=r"^is_decoder: expected False or None, got bool True; bert"
+    ):
+        config.is_decoder = True
+    with pytest.raises(ValueError, match=r"^position_embedding_type: expected 'absolute' or None"):
+        config.position_embedding_type = "relative_key"
+    assert BertConfig.from_dict(config.to_dict()) == BertConfig()
+
+
+def test_what_a_model_returns_is_written_where_it_was_chosen():
+    assert not {"output_hidden_states", "output_attentions", "return_dict"} & {
+        *BertConfig().to_dict()
+    }
+    values = {"output_hidden_states": True, "output_attentions": None, "return_dict": False}
+    config = BertConfig.from_dict(values)
+    assert (config.output_hidden_states, config.output_attentions, config.return_dict) == (
+        True, False, False,
+    )  # fmt: skip
+    assert BertConfig.from_dict(config.to_dict()) == config
+    assert not BertConfig.from_dict({"use_return_dict": False}).return_dict
 
 
 def test_whole_numbers_become_floats():

@@ -225,3 +225,31 @@ def test_the_client_s_own_settings_hold(tmp_path, model):
         )  # fmt: skip
         assert (done.returncode == 0) == works, done.stderr
     assert "the hub does not give it" in done.stderr
+
+
+def test_local_files_only(cache, model, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", None)  # nobody asks the hub
+    with pytest.raises(CheckpointError, match=r"nor in the hub's cache \(local_files_only\)$"):
+        bertfast.BertForMaskedLM.from_pretrained(ID, local_files_only=True)
+    model.save_pretrained(put(cache))
+    assert same(bertfast.BertForMaskedLM.from_pretrained(ID, local_files_only=True), model)
+
+
+def test_a_cache_and_a_token_of_the_caller_s(cache, model, monkeypatch, tmp_path):
+    model.save_pretrained(put(tmp_path / "mine"))
+    load = bertfast.BertForMaskedLM.from_pretrained
+    assert same(load(ID, cache_dir=tmp_path / "mine", local_files_only=True), model)
+    online, given = Online(["config.json", "model.safetensors"], cache, model), []
+
+    def api(**identity):
+        given.append(identity)
+        return online
+
+    def download(repo_id, *, cache_dir, token, **options):
+        given.append({"cache_dir": cache_dir, "token": token})
+        return online.snapshot_download(repo_id, **options)
+
+    monkeypatch.setattr(hub, "HfApi", api)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert same(load(ID, cache_dir="there", token="secret"), model)
+    assert given == [{"token": "secret"}, {"cache_dir": "there", "token": "secret"}]

@@ -95,7 +95,7 @@ def for_model(name: str, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def compare(name: str, ours: Any, theirs: Any, attended: torch.Tensor) -> None:
     """All fields equal where a token is, and ours as documented where none is."""
     theirs = {field: value for field, value in theirs.items() if field != "cross_attentions"}
-    assert ours.keys() == list(theirs)
+    assert list(ours) == list(theirs)
     for field, expected in theirs.items():
         got = ours[field]
         if field == "hidden_states":
