@@ -10,6 +10,8 @@ Importing this package touches no GPU and no optional dependency; names are load
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bertfast import forks as forks  # from now on, forked processes can compute
+
 __version__ = "0.1.0"
 
 _EXPORTS = {

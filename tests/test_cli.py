@@ -10,6 +10,7 @@ import time
 import pytest
 
 import bertfast
+from bertfast import environment, errors
 from bertfast.cli import main
 
 TINY = ["--minutes", "0.05", "--layers", "1", "--hidden", "64", "--vocab-size", "600"]
@@ -137,6 +138,54 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, monkeypatch) -> None
         assert last.startswith(f"bertfast demo: {message}")
         assert captured.err.count("\n") == 1
     assert [path.name for path in foreign.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "shown"),
+    [
+        (errors.KernelError("bertfast._cpu.gelu ran out of memory:\n rows=3"),
+         "bertfast._cpu.gelu ran out of memory: rows=3"),
+        (errors.BackendError("gelu: no"), "gelu: no"),
+        (errors.CheckpointError("a:\n b"), "a: b"),
+        (errors.InputError(2, "empty"), "input 2: empty"),
+        # As oneDNN refuses a dtype, and torch an operation.
+        (RuntimeError("bf16 path needs the cpu support avx512bw\nframe #0: ..."),
+         "bf16 path needs the cpu support avx512bw"),
+        (NotImplementedError("mm is not implemented for Half"), "mm is not implemented for Half"),
+        (RuntimeError(), "RuntimeError"),
+        (MemoryError(), "out of memory"),
+        (ImportError("BERTFAST_CPU_ISA: expected one of"), "BERTFAST_CPU_ISA: expected one of"),
+        (FloatingPointError("the loss is nan"), "the loss is nan"),
+        (PermissionError(13, "Permission denied", "x"), "x: Permission denied"),
+    ],
+)  # fmt: skip
+def test_any_known_failure_is_one_line_and_code_2(failure, shown, capsys, monkeypatch) -> None:
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(environment, "collect", fail)
+    assert main(["env"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"bertfast env: {shown}\n")
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback(monkeypatch) -> None:
+    monkeypatch.setattr(environment, "collect", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["env"])
+
+
+def test_an_instruction_set_that_is_not_there_is_one_line() -> None:
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "bertfast", "embed", "--model", ".", "text"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "BERTFAST_CPU_ISA": "none"},
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("bertfast embed: BERTFAST_CPU_ISA: expected one of baseline")
+    assert run.stderr.count("\n") == 1
 
 
 def test_env(capsys) -> None:

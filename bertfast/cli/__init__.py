@@ -1,7 +1,8 @@
 """The ``bertfast`` command: one verb per job.
 
-Exit codes: 0 done; 2 the arguments or the input cannot be used (one line on stderr says why);
-130 interrupted with Ctrl-C. Heavy imports wait until a verb runs, so that ``--help`` is quick.
+Exit codes: 0 done; 2 the arguments or the input cannot be used, or not on this machine (one line on
+stderr says why); 130 interrupted with Ctrl-C. Heavy imports wait until a verb runs, so that
+``--help`` is quick.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from typing import Any, NoReturn
 from bertfast import __version__
 from bertfast.cli import predict
 from bertfast.cli.arguments import integer, number
-from bertfast.errors import BackendError
 
+# What says of itself what is wrong: our own errors, Python's on files, memory and packages, and
+# torch's, which are RuntimeErrors, on what this CPU, this GPU or this build of it cannot do.
+FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
 # bertfast.convert knows their classes.
 HEADS = (
     "auto", "encoder", "pretraining", "masked-lm", "next-sentence", "sequence-classification",
@@ -44,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) is gone; without this, Python complains while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, BackendError, FloatingPointError) as error:
+    except FAILURES as error:
         print(f"bertfast {arguments.verb}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -54,7 +57,13 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
-    return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    text = str(error).strip()
+    if type(error).__module__ != "bertfast.errors" and isinstance(error, RuntimeError):
+        # What torch adds below its first line are lists of backends and stacks of its own.
+        text = text.partition("\n")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _build_parser() -> argparse.ArgumentParser:

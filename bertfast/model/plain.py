@@ -23,12 +23,24 @@ def is_computed_by(module: Any, kind: type[nn.Module]) -> bool:
         isinstance(module, kind)
         and type(module).forward is kind.forward
         and "forward" not in module.__dict__
-        and not module._forward_hooks
+        and (not module._forward_hooks or _only_ask_for_gradients(module))
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and not _has_any_global_hook()
     )
+
+
+def _only_ask_for_gradients(module: Any) -> bool:
+    """Whether all its hooks are those of transformers' ``enable_input_require_grads()``, which
+    gradient checkpointing sets, and nothing to a module that is trained. A table that was called
+    for them would sum its gradient in torch's order instead of the kernel's."""
+    asks = all(
+        getattr(hook, "__name__", "") == "make_inputs_require_grads"
+        and hook.__module__ == "transformers.modeling_utils"
+        for hook in module._forward_hooks.values()
+    )
+    return asks and bool(module.weight.requires_grad)
 
 
 def is_plain_table(module: Any) -> bool:

@@ -1,78 +1,109 @@
-"""Matrix products with weights that are packed once, for inference on the CPU.
+"""Matrix products with weights that are packed for one call, for inference on the CPU.
 
 oneDNN multiplies a weight that lies in its own blocked layout up to twice as fast as ``F.linear``
-multiplies the same weight as it is stored (benchmarks/NOTES.md). Packing costs about as much as one
-product of a few tokens and a copy of the weight, which pays where a model is kept and called again.
+multiplies the same weight as it is stored (benchmarks/NOTES.md). Packing costs as much as that
+saves on some hundred rows, which a call on many texts has and a call on one has not.
 """
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 DTYPES = (torch.float32, torch.bfloat16)
+# A weight is packed once so many rows have been asked of it. On CPUs whose F.linear is as fast as
+# oneDNN, packing then adds a twelfth to what these rows cost, and ever less to more.
+WORTH = 512
 # The number of rows that oneDNN lays the weight out for; other numbers may come.
 ROWS = 1024
 
 
-def is_available() -> bool:
-    """Whether this build of torch has what packs weights and multiplies by them."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@functools.cache
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this CPU, packs weights of ``dtype`` and multiplies by them.
+
+    oneDNN takes bfloat16 on some CPUs only, and says so by refusing it, so it is tried.
+    """
+    if dtype not in DTYPES or not torch.backends.mkldnn.is_available():
+        return False
+    # Whatever the default device and mode are where this is asked first.
+    weight = torch.ones(16, 16, dtype=dtype, device="cpu")
+    try:
+        with torch.no_grad():
+            _multiply(weight, _pack(weight), None)
+    except (AttributeError, RuntimeError):  # an older torch; a CPU without it
+        return False
+    return True
 
 
 class PrepackedLinear(TorchFunctionMode):
     """``with PrepackedLinear():`` takes over ``F.linear`` where nothing is differentiated.
 
     What it does not take goes where it would go without it: other dtypes, other devices, grad mode,
-    autocast. A weight is packed at its first product, kept as long as the weight lives, and packed
-    again after it was written to (but torch does not say so of what is written through ``.data``).
-    Holds in the thread that entered it; one instance may be entered again and again, which is what
-    keeps the packed weights.
+    autocast, oneDNN switched off (``torch.backends.mkldnn``), weights that are no parameters, and
+    the first products of a weight, until ``WORTH`` rows have been multiplied by it.
+
+    Each weight is read when it is packed, and the packed copy is used until the block ends: nobody
+    can tell whether a weight was written since, because writing through ``.data`` leaves no trace.
+    So one instance serves one call, in one thread, in which nobody writes weights.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: Any = WeakTensorKeyDictionary()
-        self._available = is_available()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What is packed cannot be copied or saved, and is packed again where it is wanted.
-        return type(self), ()
+        # By the weight's identity, which holds because the weight is kept alive beside it.
+        self._seen: dict[int, _Weight] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear and not kwargs and self._available and _takes(*args):
+        if func is F.linear and not kwargs and _takes(*args):
             x, weight, *bias = args
-            packed = self._pack(weight)
-            return torch.ops.mkldnn._linear_pointwise(
-                x, packed, bias[0] if bias else None, "none", [], ""
-            )
+            packed = self._packed(weight, x.numel() // x.shape[-1])
+            if packed is not None:
+                return _multiply(x, packed, bias[0] if bias else None)
         return func(*args, **(kwargs or {}))
 
-    def _pack(self, weight: Tensor) -> Tensor:
-        written = (weight._version, weight.data_ptr())
-        known = self._packed.get(weight)
-        if known is None or known[0] != written:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-            self._packed[weight] = known = (written, packed)
-        return known[1]
+    def _packed(self, weight: Tensor, rows: int) -> Tensor | None:
+        seen = self._seen.setdefault(id(weight), _Weight(weight))
+        seen.rows += rows
+        if seen.packed is None and seen.rows >= WORTH:
+            seen.packed = _pack(weight)
+        return seen.packed
+
+
+class _Weight:
+    """What is known of a weight: how many rows were multiplied by it, and its packed copy."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.rows = 0
+        self.packed: Tensor | None = None
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         not torch.is_grad_enabled()
-        and x.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.is_cpu
         and weight.is_cpu
-        and x.shape[0] > 0
-        # A tensor made in inference mode does not say when it was written to.
-        and not weight.is_inference()
-        and isinstance(weight, torch.nn.Parameter)
+        and x.numel() > 0
+        # Neither what a hook or a parametrisation has just computed nor a quantised tensor.
+        and type(weight) is torch.nn.Parameter
         and (bias is None or bias.dtype == x.dtype)
         and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+        and is_available(x.dtype)
     )
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return packed
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return product

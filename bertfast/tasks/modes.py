@@ -22,8 +22,8 @@ _uses: dict[nn.Module, _Use] = {}
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[bool]:
-    """All modules of ``model`` in eval mode; gives whether one was in training.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules of ``model`` in eval mode.
 
     Threads may be inside together: the last one out puts back what the first one found.
     """
@@ -35,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[bool]:
             use.training += training
             model.eval()
     try:
-        yield bool(use.training)
+        yield
     finally:
         with _lock:
             use.count -= 1

@@ -41,8 +41,9 @@ class Task(Generic[Input, Result]):
 
     Args:
         model: one of the classes the task names; called in eval mode, without gradients, and each
-            of its modules left in the mode it was in. On the CPU, the weights of a model in eval
-            mode are packed once more, for speed.
+            of its modules left in the mode it was in. On the CPU a call on many tokens packs a
+            copy of the weights, for speed, which lives as long as the call; the weights may be
+            written between calls, by whatever means, but not during one.
         tokenizer: a ``tokenizers.Tokenizer`` with BERT's or RoBERTa's special tokens (see
             ``load_tokenizer``). It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
@@ -107,7 +108,6 @@ class Task(Generic[Input, Result]):
         self.stride = _integer("stride", stride, room // 4, 0, room - 1)
         tokens = BATCH_TOKENS.get(self._module.device.type, BATCH_TOKENS_ELSEWHERE)
         self.batch_tokens = _integer("batch_tokens", batch_tokens, tokens, 1, 2**31 - 1)
-        self._prepacked = PrepackedLinear()
 
     @classmethod
     def from_pretrained(
@@ -223,12 +223,10 @@ class Task(Generic[Input, Result]):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        with evaluating(self._module) as training:
-            # A compiled graph would have the packed weights baked in, and those of a model in
-            # training are about to change.
-            pack = self.model is self._module and not training
-            with torch.no_grad(), self._prepacked if pack else nullcontext():
-                yield
+        # A compiled graph would have the packed weights baked in.
+        packing = PrepackedLinear() if self.model is self._module else nullcontext()
+        with evaluating(self._module), torch.no_grad(), packing:
+            yield
 
 
 def check_text(index: int, name: str, value: Any) -> str:

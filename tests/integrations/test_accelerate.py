@@ -535,6 +535,26 @@ def test_tuples_and_what_the_config_asks_for(family):
         assert isinstance(model.base_model(make_inputs(family).kwargs["input_ids"]), tuple)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_keeps_the_word_gradient(family):
+    """Also not of the word table, of which so many tokens read one row that the order in which
+    their gradients are summed shows; checkpointing hooks the table."""
+    fast = accelerate(tiny(family)).train()
+    ids = torch.full((24, 12), 7)
+    runs = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            fast.gradient_checkpointing_enable()
+            assert fast.get_input_embeddings()._forward_hooks
+        fast.zero_grad()
+        torch.manual_seed(0)
+        weighed(fast(ids)[0]).backward()
+        runs.append({n: p.grad.clone() for n, p in fast.named_parameters() if p.grad is not None})
+    assert runs[0].keys() == runs[1].keys()
+    for name, gradient in runs[0].items():
+        assert torch.equal(gradient, runs[1][name]), name
+
+
 def test_hooks_and_replaced_linear_layers_are_called():
     """As adapters do it: a wrapper around a layer, and a hook that makes embeddings trainable."""
 

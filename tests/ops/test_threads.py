@@ -130,8 +130,8 @@ def in_a_fork(work):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("word", LARGE)
 def test_a_forked_process_gets_the_same_results(word):
-    """OpenMP's threads do not follow through a fork: a kernel that counted on them would hang, as
-    torch's own operations do."""
+    """OpenMP's threads do not follow through a fork: a kernel that counted on them would hang
+    (tests/test_forks.py has torch's own operations, too)."""
     torch.set_num_threads(2)
     run = prepared(word)
     expected = run()  # now OpenMP has started its threads in this process

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 import bertfast
+from bertfast import testing
 from bertfast.data import train_vocab
 from bertfast.errors import CheckpointError, InputError
+from bertfast.model import prepacked
 from bertfast.tasks import Answer, Classify, Embed, FillMask, NextSentence, Tag, batches
 from bertfast.tasks.batches import Row, Template, TextRows
 from bertfast.tasks.task import CHUNK
@@ -241,50 +243,115 @@ def test_the_same_names_of_another_head_are_refused(task, stored, message, make_
         task.from_pretrained(make_model(stored, num_labels=1))
 
 
-def test_a_model_in_training_is_not_packed(make_model, tiny_tokenizer) -> None:
-    model = bertfast.BertModel.from_pretrained(make_model("BertModel")).train()
-    embed = Embed(model, tiny_tokenizer)
-    before = embed("Some text.")
-    with torch.no_grad():
-        model.encoder.layer[0].output.dense.weight.data.mul_(2)  # which torch does not tell of
-    assert not torch.allclose(before, embed("Some text."))
-    assert len(embed._prepacked._packed) == 0
+@pytest.fixture
+def packings(monkeypatch):
+    """The weights that were packed, one entry for each time."""
+    if not prepacked.is_available(torch.float32):
+        pytest.skip("this build of torch, on this CPU, does not pack torch.float32")
+    seen, pack = [], prepacked._pack
+    monkeypatch.setattr(prepacked, "_pack", lambda weight: seen.append(weight) or pack(weight))
+    return seen
 
 
-def test_a_written_weight_is_packed_again(make_model, tiny_tokenizer) -> None:
-    model = bertfast.BertModel.from_pretrained(make_model("BertModel"))
+def replace_data(weight):
+    weight.data = weight.data * 2
+
+
+def write_in_numpy(weight):
+    numbers = weight.detach().numpy()
+    numbers *= 2
+
+
+WRITES = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.mul_(2),
+    "copied to data": lambda weight: weight.data.copy_(2 * weight),
+    "another data": replace_data,
+    "through numpy": write_in_numpy,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_written_weights_are_seen(write, training, make_model, tiny_tokenizer, packings) -> None:
+    """Bit by bit as by a new task, whether or not torch counts the writing as a new version."""
+    model = bertfast.BertModel.from_pretrained(make_model("BertModel")).train(training)
     embed = Embed(model, tiny_tokenizer)
-    before = embed("Some text.")
+    texts = ["Some text of several words."] * 100
+    before = embed.many(texts)
+    assert len({id(weight) for weight in packings}) == 18  # six in each of three layers
     with torch.no_grad():
-        model.encoder.layer[0].output.dense.weight.mul_(2)
-    after = embed("Some text.")
+        for name, weight in model.named_parameters():
+            if "attention.output.dense" in name:
+                WRITES[write](weight)
+    after = embed.many(texts)
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, Embed(model, tiny_tokenizer)("Some text."))
+    assert torch.equal(after, Embed(model, tiny_tokenizer).many(texts))
+    assert len(packings) == 3 * 18
+
+
+def test_weights_are_packed_where_it_pays(make_model, packings) -> None:
+    """Once in a call, in which enough rows are multiplied by a weight."""
+    few = prepacked.WORTH // LENGTH - 1
+    for task, stored in TASKS.items():
+        ready = task.from_pretrained(make_model(stored), long="truncate")
+        value = "[MASK] " + "x " * LENGTH
+        value = (value, value) if task in (NextSentence, Answer) else value
+        ready.many([value] * few)
+        assert packings == []
+        ready.many([value] * (few + 2))
+        assert len({id(weight) for weight in packings}) == len(packings) >= 18
+        packings.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_the_same_products(make_model, tiny_tokenizer, dtype) -> None:
-    from bertfast.model.prepacked import PrepackedLinear, is_available
-
-    if not is_available():
-        pytest.skip("this build of torch has no oneDNN")
+def test_packed_weights_give_the_same_products(make_model, monkeypatch, dtype) -> None:
+    if not prepacked.is_available(dtype):
+        pytest.skip(f"this build of torch, on this CPU, does not pack {dtype}")
+    monkeypatch.setattr(prepacked, "WORTH", 1)
     model = bertfast.BertModel.from_pretrained(make_model("BertModel"), dtype=dtype)
     ids = torch.randint(0, 100, (3, 17))
-    mode = PrepackedLinear()
+    mode = prepacked.PrepackedLinear()
     with torch.no_grad():
         plain = model(ids).last_hidden_state
         with mode:
             packed = model(ids).last_hidden_state
         exact = model.double()(ids).last_hidden_state
     model.to(dtype)
-    assert len(mode._packed) == 19  # six products in each of three layers, and the pooler's
-    from bertfast import testing
-
+    # Six products in each of three layers, and the pooler's.
+    assert sum(seen.packed is not None for seen in mode._seen.values()) == 19
     testing.assert_no_worse(packed, exact, plain, kind="model", name="prepacked")
     # Where gradients are wanted it keeps out of the way.
     with mode:
         model(ids).last_hidden_state.sum().backward()
     assert model.encoder.layer[0].output.dense.weight.grad is not None
+
+
+def test_what_cannot_be_packed_is_multiplied_as_it_is(make_model, monkeypatch) -> None:
+    """No task fails for what oneDNN does not take, on this machine or at all."""
+    refused = RuntimeError("bf16 path needs the cpu support avx512bw")
+    monkeypatch.setattr(prepacked, "WORTH", 1)
+
+    def refuse(weight):
+        raise refused
+
+    folder = make_model("BertModel")
+    monkeypatch.setattr(prepacked, "_pack", refuse)
+    monkeypatch.setattr(prepacked, "is_available", prepacked.is_available.__wrapped__)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        vectors = Embed.from_pretrained(folder, dtype=dtype).many(["Some text.", "Another."])
+        assert vectors.isfinite().all()
+
+
+def test_onednn_switched_off_is_not_used(make_model, packings, monkeypatch) -> None:
+    monkeypatch.setattr(prepacked, "WORTH", 1)
+    embed = Embed.from_pretrained(make_model("BertModel"))
+    embed("Some text.")
+    assert packings
+    packings.clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    embed("Some text.")
+    assert packings == []
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)

@@ -20,7 +20,9 @@ from bertfast.cli import _build_parser, main
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ["fill-mask", "next-sentence", "embed", "classify", "tag", "answer"]
-# The models are trained anew on each machine, whose rounding is its own.
+# The models are trained anew on each machine, whose rounding is its own. What a page shows must be
+# of the kind that they were trained on: of anything else they may think anything, which another
+# seed or another CPU turns round.
 TOLERANCE = 0.05
 NUMBER = re.compile(r"-?\d+\.\d+")
 

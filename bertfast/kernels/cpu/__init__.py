@@ -44,25 +44,9 @@ def unsupported(x: Tensor) -> str | None:
     return None
 
 
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def threads() -> int:
-    """How many threads a kernel may use: what torch may use, as this Python thread sees it.
-
-    One in a forked process, as in a ``DataLoader``'s workers: OpenMP's other threads stayed behind
-    in the parent, and GNU's OpenMP would wait for them for ever.
-    """
-    return 1 if _forked else torch.get_num_threads()
+    """How many threads a kernel may use: what torch may use, as this Python thread sees it."""
+    return torch.get_num_threads()
 
 
 def dtype_code(x: Tensor) -> int:
