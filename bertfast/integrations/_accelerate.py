@@ -31,8 +31,11 @@ from bertfast.integrations._layers import (
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# What each part of a model must be, by its path below the model; "*" is every layer.
+# What each part of a model must be, by its path below the model; "*" is every layer. Parts that are
+# not called, because their parameters are read or a kernel does what they do; all others may be
+# anything.
 Parts = dict[str, type[nn.Module]]
+_DROPOUTS = (nn.Dropout, nn.Identity)  # one that was taken out leaves an Identity
 
 
 def _bert_parts(modeling: Any, prefix: str) -> Parts:
@@ -46,7 +49,12 @@ def _bert_parts(modeling: Any, prefix: str) -> Parts:
         "encoder.layer.*.intermediate": "Intermediate",
         "encoder.layer.*.output": "Output",
     }
-    return {path: getattr(modeling, prefix + name) for path, name in names.items()}
+    dropouts = ("attention.self", "attention.output", "output")
+    return {
+        **{path: getattr(modeling, prefix + name) for path, name in names.items()},
+        "embeddings.dropout": nn.Dropout,
+        **{f"encoder.layer.*.{part}.dropout": nn.Dropout for part in dropouts},
+    }
 
 
 PARTS: dict[type[nn.Module], Parts] = {
@@ -60,6 +68,9 @@ PARTS: dict[type[nn.Module], Parts] = {
         "transformer.layer.*": modeling_distilbert.TransformerBlock,
         "transformer.layer.*.attention": modeling_distilbert.DistilBertSelfAttention,
         "transformer.layer.*.ffn": modeling_distilbert.FFN,
+        "embeddings.dropout": nn.Dropout,
+        "transformer.layer.*.attention.dropout": nn.Dropout,
+        "transformer.layer.*.ffn.dropout": nn.Dropout,
     },
 }
 
@@ -96,7 +107,8 @@ def accelerated_class(cls: Any) -> Any:
     (base,) = (made for known, made in REPLACEMENTS.items() if issubclass(cls, known))
     # The name goes into config.json and messages, and transformers looks up by it what it records.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made: Any = type(cls.__name__, (base, cls), {**names, "accelerated_from": cls})
+    own = {"accelerated_from": cls, "parts": _parts_of(cls)}
+    made: Any = type(cls.__name__, (base, cls), {**names, **own})
     if "forward" not in made.__dict__:  # layers have one, which checkpoints
 
         @functools.wraps(cls.forward)
@@ -111,6 +123,21 @@ def accelerated_class(cls: Any) -> Any:
         made.forward = forward
     _made[cls] = made
     return made
+
+
+def _parts_of(cls: type[nn.Module]) -> tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...]:
+    """The parts of a model but for its layers', or those of a layer: paths and forwards."""
+    found: dict[tuple[str, ...], tuple[Any, ...]] = {}
+    for model, parts in PARTS.items():
+        for path, part in parts.items():
+            before, star, after = path.partition(".*.")
+            owner = parts[f"{before}.*"] if star else model
+            if issubclass(cls, owner) and not path.endswith("*"):
+                kinds = _DROPOUTS if part is nn.Dropout else (part,)
+                found[tuple((after if star else path).split("."))] = tuple(
+                    kind.forward for kind in kinds
+                )
+    return tuple(found.items())
 
 
 def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool = True) -> Model:
@@ -156,7 +183,8 @@ def accelerate(model: Model, *, unpad: bool | None = None, output_logits: bool =
     for name, part in found.items():
         _check(f"model.{name}" if name else "model", part)
     if unpad is None:
-        unpad = not any(type(x).__name__.endswith("ForQuestionAnswering") for x in model.modules())
+        classes_of = (cls for part in model.modules() for cls in type(part).__mro__)
+        unpad = not any(cls.__name__.endswith("ForQuestionAnswering") for cls in classes_of)
     # All classes are made before one is given: an error changes nothing. A part that is there twice
     # (ALBERT's way to share a layer) has one.
     classes = {part: accelerated_class(type(part)) for part in found.values()}
@@ -230,11 +258,12 @@ def _check(name: str, model: Any) -> None:
     _check_forward(name, model, cls)
     for path, expected in PARTS[cls].items():
         for found, part in _at(model, path):
-            _check_forward(f"{name}.{found}", part, expected)
-    for found, part in model.named_modules():
-        # One that was taken out leaves an Identity.
-        if found.endswith("dropout") and type(part) not in (nn.Dropout, nn.Identity):
-            raise TypeError(f"{name}.{found}: expected an nn.Dropout, got {type(part).__name__}")
+            if expected is not nn.Dropout:
+                _check_forward(f"{name}.{found}", part, expected)
+            elif type(part) not in _DROPOUTS:
+                raise TypeError(
+                    f"{name}.{found}: expected an nn.Dropout, got {type(part).__name__}"
+                )
     config = model.config
     for option in ("is_decoder", "add_cross_attention", "chunk_size_feed_forward"):
         if getattr(config, option, False):

@@ -1,6 +1,6 @@
 """``attn_implementation="bertfast"``: the attention and the mask function for transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,10 +10,6 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from bertfast.integrations._packing import Packing, pad, places, sequences
 from bertfast.model.base import draw_seed
 from bertfast.ops._checks import check_device, check_floating, check_shape, check_tensor
-
-# What a mask function returned is handed from layer to layer as one tensor; its packing, worked out
-# once per forward, goes along as an attribute of this name.
-_PACKING = "bertfast_packing"
 
 # Keyword arguments by which models ask for what the kernels do not compute.
 _UNSUPPORTED = {
@@ -32,6 +28,97 @@ _UNSUPPORTED = {
 _INSTEAD = 'use attn_implementation="sdpa" or "eager" for this model'
 
 
+class Mask:
+    """The keys that are attended, bool ``(B, kv_length)``, which only :func:`attention` reads.
+
+    Models that do not go through transformers' attention interface ask for a mask all the same and
+    add it to their scores. Zeros and ones would spoil them silently, so this is no tensor: it can
+    be asked what it is and moved, and refuses everything else.
+
+    Args:
+        attended: the tensor.
+        asked_by: the model, for messages.
+        made_for, packing: how many queries the mask was made for, and how they and the keys are
+            packed, worked out once per forward and handed from layer to layer.
+    """
+
+    asked_by = "a model"  # on the class, too: a copy in the making has no attributes yet
+
+    def __init__(
+        self,
+        attended: Tensor,
+        asked_by: str = asked_by,
+        made_for: int | None = None,
+        packing: Packing | None = None,
+    ) -> None:
+        self.attended = attended
+        self.asked_by = asked_by
+        self.made_for = made_for
+        self.packing = packing
+        self.shape, self.ndim = attended.shape, attended.ndim
+        self.dtype, self.device = attended.dtype, attended.device
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, *dim: int) -> Any:
+        return self.attended.size(*dim)
+
+    def __len__(self) -> int:
+        return len(self.attended)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Mask":
+        """As a tensor's; one that was moved is packed again."""
+        moved = self.attended.to(*args, **kwargs)
+        return self if moved is self.attended else Mask(moved, self.asked_by)
+
+    def contiguous(self, **_: Any) -> "Mask":
+        return self
+
+    def clone(self, **_: Any) -> "Mask":
+        return self  # nobody writes into it
+
+    def __getattr__(self, name: str) -> Any:
+        # Also an AttributeError, so that hasattr() gets its answer.
+        raise AttributeError(self._refusal(name))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        flat = (y for x in (*args, *(kwargs or {}).values()) for y in _flat(x))
+        raise ValueError(next(x for x in flat if isinstance(x, cls))._refusal(func.__name__))
+
+    def _refusal(self, name: str) -> str:
+        return (
+            f"attention_mask: expected {self.asked_by} to hand it to transformers' attention "
+            f"interface, got {name!r} of it: models that compute attention themselves are not "
+            'supported; use attn_implementation="eager" for this model'
+        )
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    """What is in a list of tensors, as ``torch.cat`` takes it."""
+    yield from x if isinstance(x, (tuple, list)) else (x,)
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(self: Mask, *_: Any) -> Any:
+        raise ValueError(self._refusal(name))
+
+    return refuse
+
+
+# Python looks for these in the class alone.
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+for _name in (
+    *(before + _name for _name in _BINARY for before in ("", "r", "i")),
+    *("neg", "pos", "invert", "abs", "lt", "le", "gt", "ge", "eq", "ne"),
+    *("getitem", "setitem", "iter", "bool", "int", "float", "array", "contains"),
+):
+    setattr(Mask, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
 def mask(
     batch_size: int,
     q_length: int,
@@ -39,10 +126,11 @@ def mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Mask | None = None,
     device: torch.device | str | None = None,
+    config: Any = None,
     **_: Any,
-) -> Tensor:
+) -> Mask:
     """The mask function of ``attn_implementation="bertfast"``, called once per forward.
 
     Args:
@@ -51,9 +139,11 @@ def mask(
         mask_function: transformers' pattern: causal or bidirectional, nothing else.
         attention_mask: bool ``(B, keys seen)``, False for padding; None for no padding.
         device: of the mask, where none is given.
+        config: of the model, whose name is told where it cannot use the mask.
 
     Returns:
-        bool ``(B, kv_length)``: the keys that are attended.
+        bool ``(B, kv_length)``: the keys that are attended. It can be handed to :func:`attention`,
+        copied and moved, and nothing else.
 
     Raises:
         ValueError, TypeError: a pattern or mask that the kernels do not compute.
@@ -64,6 +154,8 @@ def mask(
             f"mask_function: expected a causal or a bidirectional mask, got {name}: windows, "
             f"chunks, packed or blocked sequences are not supported; {_INSTEAD}"
         )
+    if isinstance(attention_mask, Mask):  # generate() makes it first, and the model once more
+        attention_mask = attention_mask.attended
     if attention_mask is None:
         attended = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     else:
@@ -74,8 +166,8 @@ def mask(
         check_shape("attention_mask", attended, (batch_size, kv_length))
     causal = mask_function is causal_mask_function
     first = int(q_offset) - kv_offset if causal else 0
-    setattr(attended, _PACKING, (q_length, _pack(attended, q_length, causal, first)))
-    return attended
+    asked_by = Mask.asked_by if config is None else f"the model of a {type(config).__name__}"
+    return Mask(attended, asked_by, q_length, _pack(attended, q_length, causal, first))
 
 
 def _check_mask(attention_mask: Tensor) -> None:
@@ -116,7 +208,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Mask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -174,7 +266,7 @@ def _packing_of(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Mask | None,
     is_causal: bool | None,
 ) -> Packing:
     batch, _, q_length, _ = query.shape
@@ -182,13 +274,13 @@ def _packing_of(
     if attention_mask is None:
         attended = torch.ones(batch, kv_length, dtype=torch.bool, device=query.device)
     else:
+        if isinstance(attention_mask, Mask):
+            if attention_mask.made_for == q_length and attention_mask.packing is not None:
+                return attention_mask.packing
+            attention_mask = attention_mask.attended
         _check_mask(attention_mask)
         check_shape("attention_mask", attention_mask, (batch, kv_length))
         check_device("attention_mask", attention_mask, "query", query)
-        made: tuple[int, Packing] | None = getattr(attention_mask, _PACKING, None)
-        if made is not None and made[0] == q_length:
-            return made[1]
-        # A copy of the mask, say on another device, or one that was not made here.
         attended = attention_mask != 0
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return _pack(attended, q_length, bool(causal), kv_length - q_length if causal else 0)

@@ -19,7 +19,7 @@ from transformers.models.roberta.modeling_roberta import RobertaLMHead
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHead
 
 from bertfast import ops
-from bertfast.integrations._layers import Accelerated
+from bertfast.integrations._layers import Accelerated, is_transformed
 from bertfast.model.heads import IGNORED
 from bertfast.model.plain import is_computed_by, is_plain
 from bertfast.ops._checks import check_shape
@@ -35,14 +35,15 @@ class AcceleratedMaskedLM(Accelerated):
     forward than transformers', is transformers' to compute, at each call anew.
     """
 
-    bertfast_logits: bool
+    bertfast_logits: bool = True
     base_model_prefix: str
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         # Beyond three, the models' positional arguments differ.
-        found = None if labels is None or len(args) > 3 else self._predictions()
+        others = labels is None or len(args) > 3 or is_transformed(self)
+        found = None if others else self._predictions()
         if found is None or not is_plain(found[1], nn.Linear):
             return super().forward(*args, **kwargs)
         return self._with_loss(args, dict(kwargs), *found)

@@ -5,6 +5,7 @@ their names stay transformers' own; between them, the arithmetic is :mod:`bertfa
 linear layer or an embedding has been replaced or has hooks, the module itself is called.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,50 @@ class Batch:
 
 
 class Accelerated(nn.Module):
-    """What is put before a class: copies and pickles know it by the class it was made from."""
+    """What is put before a class: copies and pickles know it by the class it was made from.
+
+    An instance becomes one by :func:`accelerate` alone. Calling the class, as
+    ``type(model)(config)`` and ``model.from_pretrained`` do, makes one of transformers' own.
+    """
 
     accelerated_from: type[nn.Module]
+    # Where the modules lie whose place is taken, and the forwards that each of them may have.
+    parts: tuple[tuple[tuple[str, ...], tuple[Any, ...]], ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if (args or kwargs) and "accelerated_from" in cls.__dict__:
+            return cls.accelerated_from(*args, **kwargs)
+        return super().__new__(cls)  # copies, pickles and DataParallel's replicas
+
+    def is_whole(self) -> bool:
+        """Whether all of :attr:`parts` are there still, none of them replaced or wrapped."""
+        for path, forwards in self.parts:
+            part: Any = self
+            for name in path:
+                # Not by getattr(), which is slow, and this is done in each forward.
+                part = part._modules.get(name)
+                if part is None:
+                    return False
+            if type(part).forward not in forwards or "forward" in part.__dict__:
+                return False
+        return True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (type(self).accelerated_from,), self.__getstate__()
+
+
+def is_transformed(model: nn.Module) -> bool:
+    """Whether somebody records what is computed, or computes it for each example alone.
+
+    torch.func's transforms and opacus's hooks expect an example in every row, not a token.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return "opacus" in sys.modules and any(hasattr(p, "grad_sample") for p in model.parameters())
 
 
 def _unpickled(cls: type[nn.Module]) -> nn.Module:
@@ -75,7 +114,7 @@ def _unpickled(cls: type[nn.Module]) -> nn.Module:
 class AcceleratedModel(Accelerated):
     """A base model: unpads once, runs its layers on packed tokens, pads once."""
 
-    bertfast_unpad: bool
+    bertfast_unpad: bool = True
     config: Any
     embeddings: Any
 
@@ -99,8 +138,8 @@ class AcceleratedModel(Accelerated):
             or asked["output_hidden_states"] not in (None, False, True)
             or (mask is not None and mask.dim() != 2)
             or any(call.get(name) is not None for name in _OTHER_WAYS)
-            or torch.jit.is_tracing()
-            or torch.compiler.is_exporting()
+            or is_transformed(self)
+            or not self._is_accelerated()
         ):
             return None
         tokens = ids if ids is not None else embeds
@@ -113,12 +152,27 @@ class AcceleratedModel(Accelerated):
         hidden_states = []
         for index, layer in enumerate(self._layers()):
             if asked["output_hidden_states"]:
-                hidden_states.append(pad(x.to(dtype), rows, shape))
+                padded = pad(x.to(dtype), rows, shape)
+                hidden_states.append(padded)
+                if padded.requires_grad:  # so that what comes after reaches it
+                    x = padded.flatten(0, 1).to(x.dtype)
+                    x = x if rows is None else x.index_select(0, rows)
             # By position: reentrant checkpointing sees no gradient in keywords.
             x = layer(x, batch, index)
         x = pad(x.to(dtype), rows, shape)
         out = self._output(x, (*hidden_states, x) if asked["output_hidden_states"] else None)
         return out.to_tuple() if asked["return_dict"] is False else out
+
+    def _is_accelerated(self) -> bool:
+        """Whether the model and its layers are what :func:`accelerate` found and made. A layer may
+        be wrapped by what hands attributes on, as torch's sharding and checkpointing wrappers."""
+        if not self.is_whole():
+            return False
+        for layer in self._layers():
+            is_whole = getattr(layer, "is_whole", None)
+            if is_whole is None or "forward" in layer.__dict__ or not is_whole():
+                return False
+        return True
 
     def _output_dtype(self, x: Tensor) -> torch.dtype:
         """What transformers returns; under autocast the kernels keep the lower precision."""
@@ -204,8 +258,9 @@ class AcceleratedModel(Accelerated):
             x = part.LayerNorm(x + part.position_embeddings(positions))
             x = ops.dropout(x, p, seed=batch.seed, site=0, backend=batch.backend)
         else:
-            word, padding_idx = part.word_embeddings.weight, part.word_embeddings.padding_idx
-            if embeds is not None:
+            if embeds is None:
+                word, padding_idx = part.word_embeddings.weight, part.word_embeddings.padding_idx
+            else:
                 # The given vectors are the word table, and every token has a row of its own.
                 word, padding_idx = embeds.to(part.position_embeddings.weight.dtype), None
                 ids = torch.arange(word.shape[0], device=word.device)

@@ -21,6 +21,9 @@ from .conftest import FAMILIES, MASKS, double, make_inputs, tiny
 transformers = pytest.importorskip("transformers")
 masking = pytest.importorskip("transformers.masking_utils")
 
+SMALL = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+SMALL |= {"num_attention_heads": 4}
+
 
 def with_bertfast(model):
     model = copy.deepcopy(model)
@@ -138,6 +141,69 @@ def test_cross_attention_of_equal_lengths():
         assert_no_worse(out, reference, baseline, kind="model", name=f"cross {length}")
 
 
+# Models with an attention of their own
+
+
+def refused_models():
+    """Models that ask for a mask and compute with it, without the attention interface."""
+    sizes = SMALL | {"max_position_embeddings": 20, "initializer_range": 0.3}
+    bloom = {"vocab_size": 53, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    return {
+        "MPNet": lambda: transformers.MPNetModel(transformers.MPNetConfig(**sizes)),
+        "MegatronBert": lambda: transformers.MegatronBertModel(
+            transformers.MegatronBertConfig(**sizes)
+        ),
+        "RoFormer": lambda: transformers.RoFormerModel(transformers.RoFormerConfig(**sizes)),
+        "ConvBert": lambda: transformers.ConvBertModel(transformers.ConvBertConfig(**sizes)),
+        "BigBird": lambda: transformers.BigBirdModel(
+            transformers.BigBirdConfig(**sizes, attention_type="original_full")
+        ),
+        "Bloom": lambda: transformers.BloomModel(transformers.BloomConfig(**bloom)),
+        "Mpt": lambda: transformers.MptModel(
+            transformers.MptConfig(vocab_size=53, d_model=32, n_layers=1, n_heads=4)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", refused_models())
+def test_models_that_compute_attention_themselves_are_refused(name):
+    """With one sequence a mask ``(1, S)`` fits their scores, and was added to them silently."""
+    model = refused_models()[name]().eval()
+    ids = torch.randint(3, 53, (1, 9))
+    padding = (torch.arange(9) < 5).long().unsqueeze(0)
+    model(ids, attention_mask=padding)
+    model.config._attn_implementation = "bertfast"
+    with pytest.raises(
+        (ValueError, AttributeError),
+        match=rf"attention_mask: expected the model of a {name}Config .*use attn_implementation=",
+    ):
+        model(ids, attention_mask=padding)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x + m,
+        lambda m, x: m + x,
+        lambda m, x: 1 - m,
+        lambda m, x: ~m,
+        lambda m, x: m == 0,
+        lambda m, x: m[:, None, None, :],
+        lambda m, x: x.masked_fill(m, 0.0),
+        lambda m, x: torch.where(m, x, 0.0),
+        lambda m, x: torch.cat([m, m]),
+        lambda m, x: m.float(),
+        lambda m, x: m.expand(3, 6),
+        lambda m, x: bool(m),
+    ],
+)
+def test_a_mask_is_not_computed_with(use):
+    made = mask(3, 6, 6, attention_mask=torch.ones(3, 6, dtype=torch.bool))
+    with pytest.raises((ValueError, AttributeError), match="attention_mask: expected a model to"):
+        use(made, torch.ones(3, 6))
+    assert made.shape == (3, 6) and made.size(1) == 6 and made.dim() == made.ndim == 2
+
+
 # The function itself
 
 
@@ -217,14 +283,18 @@ def test_dropout_is_the_one_mask_and_a_seed_repeats_it():
 
 
 def test_a_mask_that_was_copied_is_packed_again():
-    """accelerate moves tensors between devices, and attributes do not go along."""
+    """accelerate moves it between devices, and its packing does not go along."""
     q, k, v = qkv()
     module = nn.Identity()
     module.is_causal = False
     padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]).bool()
     made = mask(3, 6, 6, mask_function=masking.bidirectional_mask_function, attention_mask=padding)
     expected = attention(module, q, k, v, made)[0]
-    assert torch.equal(attention(module, q, k, v, made.clone())[0], expected)
+    assert made.to("cpu", dtype=torch.bool) is made
+    assert torch.equal(attention(module, q, k, v, copy.deepcopy(made))[0], expected)
+    moved = made.to(torch.uint8)
+    assert moved.packing is None
+    assert torch.equal(attention(module, q, k, v, moved)[0], expected)
     # And one that was made for other queries.
     q = q[:, :, :2]
     assert torch.equal(attention(module, q, k, v, made)[0], expected[:, :2])
@@ -241,9 +311,6 @@ def test_a_static_caches_free_places_are_not_seen():
 
 
 # Bad input
-
-SMALL = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-SMALL |= {"num_attention_heads": 4}
 
 
 @pytest.mark.parametrize(
