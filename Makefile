@@ -39,6 +39,20 @@ test: export BERTFAST_REQUIRE_CPU := 1
 test: $(VENV)/.package $(VENV)/.test ## Install, then run the tests against what was installed
 	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest $(PYTEST_ARGS)
 
+# What this package, torch, oneDNN and MKL each ask the processor for, lowered for all of them; and
+# those tests whose outcome has hung on it.
+.PHONY: avx2
+avx2: export BERTFAST_REQUIRE_CPU := 1
+avx2: export BERTFAST_CPU_ISA := avx2
+avx2: export ATEN_CPU_CAPABILITY := avx2
+avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+avx2: $(VENV)/.package $(VENV)/.test ## Run the tests that a processor with AVX2 only may fail, as if on one
+	BERTFAST_TEST_INSTALLED=1 $(BIN)/pytest $(AVX2_TESTS) $(PYTEST_ARGS)
+
+AVX2_TESTS := tests/model/test_oracle.py tests/training/test_loop.py tests/tasks/test_batches.py \
+    tests/integrations/test_trainer.py
+
 # torch's threads would wait by spinning, on the cores that the emulator needs meanwhile.
 .PHONY: arm64
 arm64: export OMP_WAIT_POLICY := passive
