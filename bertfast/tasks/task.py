@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
+from bertfast.data.tokenizer_config import read_tokenizer_config
 from bertfast.data.vocab import load_tokenizer, mask_token
 from bertfast.errors import CheckpointError, InputError
 from bertfast.model.base import BertPreTrainedModel
@@ -46,7 +48,8 @@ class Task(Generic[Input, Result]):
         tokenizer: a ``tokenizers.Tokenizer`` with BERT's or RoBERTa's special tokens (see
             ``load_tokenizer``). It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
-            positions for.
+            positions for, in ``from_pretrained`` also what the tokenizer's ``model_max_length``
+            allows, if that is less.
         long: what becomes of a longer text: ``"truncate"`` reads its beginning, ``"window"`` all
             of it, in overlapping windows.
         stride: tokens that neighbouring windows share; None is a quarter of a row.
@@ -142,7 +145,10 @@ class Task(Generic[Input, Result]):
                 f"{os.fspath(path)}: expected a model of the kind {' or '.join(cls.architectures)},"
                 f" got {', '.join(heads)}"
             )
-        return cls(model, load_tokenizer(directory_of(place)), **options)
+        directory = directory_of(place)
+        if options.get("max_length") is None:
+            options["max_length"] = limit(directory, model.config.max_position_embeddings)
+        return cls(model, load_tokenizer(directory), **options)
 
     @classmethod
     def _load_model(cls, path: Any, **options: Any) -> Any:
@@ -229,6 +235,13 @@ class Task(Generic[Input, Result]):
             pack = self.model is self._module and not training
             with torch.no_grad(), self._prepacked if pack else nullcontext():
                 yield
+
+
+def limit(directory: Path, positions: int) -> int | None:
+    """How many tokens of a text a directory's tokenizer keeps, if it says so: of those that the
+    model has positions for."""
+    found = read_tokenizer_config(directory).max_length
+    return None if found is None else min(found, positions)
 
 
 def check_text(index: int, name: str, value: Any) -> str:
