@@ -43,7 +43,7 @@ FLAGS = {"lstrip", "rstrip", "normalized", "single_word", "special"}
 # warnings, and offsets, which the tasks trim themselves.
 HARMLESS = frozenset(
     {
-        "_commit_hash", "_from_auto", "add_special_tokens", "backend", "cache_dir", "chat_template",
+        "_commit_hash", "_from_auto", "backend", "cache_dir", "chat_template",
         "chat_control_tokens", "clean_up_tokenization_spaces",
         "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
         "deprecation_warnings", "device", "device_map", "errors", "files_loaded", "force_download",
@@ -152,6 +152,7 @@ def _refuse_other_ways(settings: Settings, serialized: bool) -> None:
     """Settings that cut texts in another way than this package can."""
     settings.only("truncation_side", "right")
     settings.only("split_special_tokens", False)
+    settings.only("add_special_tokens", True)
     settings.only("clean_text", True)
     settings.only("wordpieces_prefix", "##")
     settings.only("init_inputs", [])

@@ -133,11 +133,8 @@ class Embed(Task[str, Tensor]):
                 f"(hidden_size), got {layout.pooled[1]}"
             )
         defaults, positions = layout.options, model.config.max_position_embeddings
-        if "max_length" in defaults:
-            # As there: this one counts, not the tokenizer's.
-            defaults["max_length"] = min(defaults["max_length"], positions)
-        else:
-            defaults["max_length"] = limit(layout.folder, positions)
+        # As there: the encoder's limit counts, not the tokenizer's.
+        defaults["max_length"] = limit(layout.folder, positions, defaults.get("max_length"))
         if options.get("prompt") is not None:
             defaults.pop("prompt_name", None)
         # None stands for what the directory says.

@@ -50,7 +50,10 @@ HARMLESS_ARGUMENTS = frozenset(
      "trust_remote_code", "use_safetensors"}
 )  # fmt: skip
 ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-TOKENS, VECTOR = "token_embeddings", "sentence_embedding"
+VECTOR = "sentence_embedding"
+MODEL_FILE = "config_sentence_transformers.json"
+# How vectors are compared is up to who compares them.
+UNUSED = frozenset({"__version__", "requirements", "similarity_fn_name"})
 
 
 class Layout(NamedTuple):
@@ -145,21 +148,51 @@ def _modules(file: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _encoder(folder: Path) -> tuple[dict[str, Any], bool]:
+def read_cross_encoder(directory: Path) -> tuple[dict[str, Any], bool]:
+    """What a cross-encoder of sentence-transformers 6 asks for: arguments of ``Classify``, whose
+    ``function`` is the name of a class, and whether texts are lower-cased. Other directories ask
+    for nothing; older cross-encoders have it all in ``config.json``.
+
+    Raises CheckpointError for modules and settings that ``Classify`` has not.
+    """
+    settings = Settings.read(directory / MODEL_FILE)
+    if settings.text("model_type") != "CrossEncoder":
+        return {}, False
+    file = directory / "modules.json"
+    kinds = [
+        kind for kind, folder in _modules(file) if kind != "Transformer" or folder != directory
+    ]
+    if kinds:
+        raise CheckpointError(f"{file}: expected one Transformer, got {', '.join(kinds)}")
+    options, lowercase = _encoder(directory, "sequence-classification", "logits", "scores")
+    activation = settings.text("activation_fn")
+    if activation is not None:
+        options["activation"] = activation
+    # Without a default, prompts are for those who ask for them.
+    settings.only("default_prompt_name")
+    settings.finish({*UNUSED, "prompts", "keep_in_fp32_modules"})
+    return options, lowercase
+
+
+def _encoder(
+    folder: Path,
+    task: str = "feature-extraction",
+    output: str = "last_hidden_state",
+    name: str = "token_embeddings",
+) -> tuple[dict[str, Any], bool]:
     files = (folder / name for name in ENCODER_FILES)
     file = next((file for file in files if file.is_file()), folder / ENCODER_FILES[0])
     settings = Settings.read(file)
     length = settings.count("max_seq_length")
     lowercase = settings.flag("do_lower_case")
-    settings.only("transformer_task", "feature-extraction")
-    settings.only(
-        "modality_config",
-        {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-    )
-    settings.only("module_output_name", TOKENS)
+    # Where nothing is said, it is the encoder of an older release.
+    settings.only("transformer_task", task)
+    text = {"method": "forward", "method_output_name": output}
+    settings.only("modality_config", {"text": text})
+    settings.only("module_output_name", name)
     for key in ("model", "tokenizer", "processor", "config"):
-        for name in (f"{key}_args", f"{key}_kwargs"):
-            values = settings.take(name, dict, "an object") or {}
+        for argument in (f"{key}_args", f"{key}_kwargs"):
+            values = settings.take(argument, dict, "an object") or {}
             Settings(file, values).finish(HARMLESS_ARGUMENTS)
     # Whether padding is left out, which changes nothing.
     settings.finish({"unpad_inputs"})
@@ -269,7 +302,7 @@ def _filled(module: nn.Module, folder: Path) -> nn.Module:
 
 
 def _model(directory: Path) -> dict[str, Any]:
-    settings = Settings.read(directory / "config_sentence_transformers.json")
+    settings = Settings.read(directory / MODEL_FILE)
     settings.only("model_type", "SentenceTransformer")
     prompts = settings.take("prompts", dict, "prompts by their names") or {}
     if not all(prompt is None or isinstance(prompt, str) for prompt in prompts.values()):
@@ -283,6 +316,5 @@ def _model(directory: Path) -> dict[str, Any]:
     dimensions = settings.count("truncate_dim")
     if dimensions is not None:
         options["dimensions"] = dimensions
-    # How vectors are compared is up to who compares them.
-    settings.finish({"__version__", "requirements", "similarity_fn_name"})
+    settings.finish(UNUSED)
     return options

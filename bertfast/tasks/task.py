@@ -14,7 +14,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
-from bertfast.data.tokenizer_config import read_tokenizer_config
+from bertfast.data.tokenizer_config import lowercase_first, read_tokenizer_config
 from bertfast.data.vocab import load_tokenizer, mask_token
 from bertfast.errors import CheckpointError, InputError
 from bertfast.model.base import BertPreTrainedModel
@@ -146,9 +146,21 @@ class Task(Generic[Input, Result]):
                 f" got {', '.join(heads)}"
             )
         directory = directory_of(place)
-        if options.get("max_length") is None:
-            options["max_length"] = limit(directory, model.config.max_position_embeddings)
-        return cls(model, load_tokenizer(directory), **options)
+        asked, lowercase = cls._asked_for(directory, options)
+        asked["max_length"] = limit(
+            directory, model.config.max_position_embeddings, asked.get("max_length")
+        )
+        options |= {key: value for key, value in asked.items() if options.get(key) is None}
+        tokenizer = load_tokenizer(directory)
+        if lowercase:
+            lowercase_first(tokenizer)
+        return cls(model, tokenizer, **options)
+
+    @classmethod
+    def _asked_for(cls, directory: Path, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Arguments that a directory asks for besides those given, and whether it has texts
+        lower-cased first."""
+        return {}, False
 
     @classmethod
     def _load_model(cls, path: Any, **options: Any) -> Any:
@@ -237,10 +249,10 @@ class Task(Generic[Input, Result]):
                 yield
 
 
-def limit(directory: Path, positions: int) -> int | None:
-    """How many tokens of a text a directory's tokenizer keeps, if it says so: of those that the
-    model has positions for."""
-    found = read_tokenizer_config(directory).max_length
+def limit(directory: Path, positions: int, asked: int | None = None) -> int | None:
+    """How many tokens of a text are kept, of those that the model has positions for: as many as
+    are asked for, or else as the directory's tokenizer says, if it does."""
+    found = read_tokenizer_config(directory).max_length if asked is None else asked
     return None if found is None else min(found, positions)
 
 

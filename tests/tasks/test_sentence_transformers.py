@@ -11,7 +11,7 @@ from torch import nn
 
 from bertfast.data import builtin_documents, save_tokenizer, train_vocab
 from bertfast.errors import CheckpointError
-from bertfast.tasks import Embed
+from bertfast.tasks import Classify, Embed
 
 from .conftest import LENGTH, TEXTS
 
@@ -265,3 +265,36 @@ def test_refuses_classes_of_others(saved) -> None:
     file.write_text(file.read_text().replace('"sentence_transformers.', '"mine.'))
     with pytest.raises(CheckpointError, match=r"type: expected a class of sentence_transformers"):
         Embed.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.Sigmoid(), None])
+def test_cross_encoders(activation, make_model, tmp_path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    source = make_model("BertForSequenceClassification", num_labels=1)
+    theirs = CrossEncoder(str(source), device="cpu", activation_fn=activation)
+    theirs.save(str(tmp_path))
+    pairs = [(TEXTS[0], TEXTS[4]), (TEXTS[3], "x")]
+    file = tmp_path / "sentence_bert_config.json"
+    for changes in ({}, {"max_seq_length": 20, "do_lower_case": True}):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        theirs = CrossEncoder(str(tmp_path), device="cpu", local_files_only=True)
+        expected = torch.from_numpy(theirs.predict(pairs))
+        ours = Classify.from_pretrained(tmp_path)
+        torch.testing.assert_close(ours.scores(pairs)[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert ours.max_length == 20
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_seq_length": 512}))
+    assert Classify.from_pretrained(tmp_path).max_length == LENGTH
+    assert Classify.from_pretrained(tmp_path, max_length=30, function="none").max_length == 30
+    config = tmp_path / "config_sentence_transformers.json"
+    values = json.loads(config.read_text())
+    for change, message in (
+        ({"activation_fn": "mine.Sigmoid"}, "sentence_transformers.json names mine.Sigmoid"),
+        ({"default_prompt_name": "q"}, "default_prompt_name: expected nothing, got 'q'"),
+        ({"shift": 1}, "shift: expected no such setting"),
+    ):
+        config.write_text(json.dumps({**values, **change}))
+        with pytest.raises(ValueError, match=message):
+            Classify.from_pretrained(tmp_path)
+    config.write_text(json.dumps({**values, "activation_fn": "mine.Sigmoid"}))
+    assert Classify.from_pretrained(tmp_path, function="sigmoid").function == "sigmoid"
