@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from bertfast.data.vocab import is_lowercase, load_tokenizer, save_tokenizer
+from bertfast.data.tokenizer_config import is_lowercase, read_tokenizer_config
+from bertfast.data.vocab import load_tokenizer, save_tokenizer
 from bertfast.errors import CheckpointError
 from bertfast.model import heads
 from bertfast.model.base import BertPreTrainedModel
@@ -220,27 +220,26 @@ def _put_companions(
 
     Returns what the tokenizer is like, None if there is none.
     """
-    for file in sorted({*source.iterdir(), *source.glob("*/config.json")}):
+    for file in sorted({*source.iterdir(), *source.glob("*/*")}):
         name = file.relative_to(source).as_posix()
         if COMPANIONS.fullmatch(name) and file.is_file():
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, out / name)
+    positions = config.max_position_embeddings
     if (source / "tokenizer.json").is_file():
-        file = source / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers library raises nothing more special
-            raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
+        tokenizer = load_tokenizer(source, any_tokens=True)
         if lowercase not in (None, is_lowercase(tokenizer)):
             does = "keeps case" if lowercase else "lower-cases"
             expected, got = ("--cased", "--uncased") if lowercase else ("--uncased", "--cased")
             raise ValueError(
-                f"--cased/--uncased: expected {expected} or neither, as {file} {does}, got {got}"
+                f"--cased/--uncased: expected {expected} or neither, as "
+                f"{source / 'tokenizer.json'} {does}, got {got}"
             )
-        _limit_length(source, out, config.max_position_embeddings)
+        _limit_length(source, out, positions)
     elif (source / "vocab.txt").is_file():
         tokenizer = load_tokenizer(source, lowercase=lowercase)
-        save_tokenizer(tokenizer, out, max_length=config.max_position_embeddings)
+        length = read_tokenizer_config(source).max_length
+        save_tokenizer(tokenizer, out, max_length=min(length or positions, positions))
     else:
         return None
     tokens = tokenizer.get_vocab_size()

@@ -390,3 +390,85 @@ def test_tensors_beyond_the_model_are_left_out_by_pattern(tmp_path, capsys):
             2 if "nothing" in pattern else 0
         )
     assert "got 'cls.nothing.*', which none of its" in capsys.readouterr().err
+
+
+def converted(saved, tmp_path, files, kept="vocab.txt"):
+    """What is written of a directory with ``vocab.txt`` and these settings, and its source."""
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        if name != kept:
+            (saved / name).unlink()
+    for name, values in files.items():
+        (saved / name).write_text(json.dumps(values))
+    return run(saved, tmp_path / "out"), tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_lower_case": True, "strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": True, "tokenize_chinese_chars": False},
+    ],
+)
+def test_settings_of_a_vocab_txt_are_written_down(settings, saved, tmp_path):
+    _, out = converted(saved, tmp_path, {"tokenizer_config.json": settings})
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings.items() <= written.items()
+    text = "Thé quick 日 fox"
+    expected = load_tokenizer(saved).encode(text).tokens
+    for name in ("tokenizer.json", "vocab.txt"):
+        assert load_tokenizer(out).encode(text).tokens == expected
+        (out / name).unlink()
+
+
+def test_added_tokens_of_a_vocab_txt_are_written_down(saved, tmp_path):
+    words = (saved / "vocab.txt").read_text().splitlines()[:-1]
+    (saved / "vocab.txt").write_text("\n".join(words))
+    tokens = len(words)
+    files = {
+        "tokenizer_config.json": {"do_lower_case": True, "mask_token": "[MASK]"},
+        "special_tokens_map.json": {"mask_token": {"content": "[MASK]", "lstrip": True}},
+        "added_tokens.json": {"FooBar": tokens},
+    }
+    report, out = converted(saved, tmp_path, files)
+    assert report["tokenizer"]["tokens"] == tokens + 1
+    assert {*files} <= {*report["files"]}
+    expected = load_tokenizer(saved).encode("the [MASK]FooBar").ids
+    assert tokens in expected
+    for name in ("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "vocab.txt"):
+        assert load_tokenizer(out).encode("the [MASK]FooBar").ids == expected
+        (out / name).unlink()
+
+
+@pytest.mark.parametrize(("limit", "written"), [(8, 8), (512, 10), (1e30, 10), (None, 10)])
+@pytest.mark.parametrize("kept", ["vocab.txt", "tokenizer.json"])
+def test_a_tokenizers_limit_is_kept(limit, written, kept, saved, tmp_path):
+    files = {"tokenizer_config.json": {"do_lower_case": True, "model_max_length": limit}}
+    _, out = converted(saved, tmp_path, files, kept)
+    found = json.loads((out / "tokenizer_config.json").read_text())["model_max_length"]
+    assert found == (limit if limit is None and kept == "tokenizer.json" else written)
+
+
+def test_the_report_is_of_the_tokenizer_with_its_settings(saved, tmp_path):
+    (saved / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    assert run(saved, tmp_path / "out")["tokenizer"]["lowercase"] is False
+    with pytest.raises(ValueError, match=r"--cased/--uncased: expected --cased or neither"):
+        run(saved, tmp_path / "other", lowercase=True)
+
+
+@pytest.mark.parametrize("kept", ["vocab.txt", "tokenizer.json"])
+def test_a_tokenizer_of_another_kind_is_not_converted(kept, saved, tmp_path):
+    files = {"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}
+    with pytest.raises(CheckpointError, match=r"tokenizer_class: expected .* got 'BertJapaneseTok"):
+        converted(saved, tmp_path, files, kept)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_modules_come_along(saved, tmp_path):
+    for folder, name in (("2_Dense", "model.safetensors"), ("10_LayerNorm", "pytorch_model.bin")):
+        (saved / folder).mkdir()
+        (saved / folder / "config.json").write_text("{}")
+        (saved / folder / name).write_bytes(b"weights")
+    files = run(saved, tmp_path / "out")["files"]
+    assert {"2_Dense/model.safetensors", "10_LayerNorm/pytorch_model.bin"} <= files.keys()
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes() == b"weights"

@@ -64,7 +64,13 @@ def _add_embed(verbs: Any) -> None:
         "text",
         _embed,
     )
-    verb.add_argument("--pooling", help="cls, mean or max")
+    verb.add_argument(
+        "--pooling",
+        action="append",
+        metavar="NAME",
+        help="cls, max, mean, mean_sqrt_len_tokens, weightedmean or lasttoken; of several, given "
+        "one by one, the vectors are joined",
+    )
     verb.add_argument(
         "--layer",
         dest="layers",
@@ -81,7 +87,13 @@ def _add_embed(verbs: Any) -> None:
     verb.add_argument(
         "--dimensions", type=integer(1, MANY), metavar="N", help="keep the first N dimensions"
     )
-    verb.add_argument("--prompt", metavar="TEXT", help="put this before every text")
+    prompt = verb.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="put this before every text")
+    prompt.add_argument(
+        "--prompt-name",
+        metavar="NAME",
+        help="put that prompt of the directory's before every text: query, document or another",
+    )
 
 
 def _add_classify(verbs: Any) -> None:
@@ -202,7 +214,8 @@ def _add(
         "--max-length",
         type=integer(1, MANY),
         metavar="N",
-        help="tokens that are read at a time (default: what the model can)",
+        help="tokens that are read at a time (default: what the directory says, or else what the "
+        "model can)",
     )
     if name != "next-sentence":
         verb.add_argument(
@@ -252,7 +265,9 @@ def _next_sentence(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    names = ("pooling", "layers", "normalize", "dimensions", "prompt")
+    if arguments.pooling is not None and len(arguments.pooling) == 1:
+        arguments.pooling = arguments.pooling[0]
+    names = ("pooling", "layers", "normalize", "dimensions", "prompt", "prompt_name")
     task, records = _start(arguments, "Embed", Fields(("text",)), names)
     with writing(arguments.output) as file:
         vectors = _ask(records, task.many).numpy()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -20,6 +21,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from bertfast.data.tokenizer_config import FLAGS, apply, is_lowercase, read_tokenizer_config
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The same ones in the tokenizers of RoBERTa and XLM-R.
@@ -156,9 +159,14 @@ def save_tokenizer(
     ``max_length`` is the longest input in tokens, written as ``model_max_length``. The directory is
     created.
     """
+    if not isinstance(tokenizer.model, models.WordPiece):
+        raise ValueError(
+            f"tokenizer: expected BERT's WordPiece, got {type(tokenizer.model).__name__}"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words = tokenizer.get_vocab(with_added_tokens=False)
+    vocab = sorted(words.items(), key=lambda item: item[1])
     (directory / "vocab.txt").write_text(
         "".join(f"{token}\n" for token, _ in vocab), encoding="utf-8", newline="\n"
     )
@@ -167,6 +175,7 @@ def save_tokenizer(
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": is_lowercase(tokenizer),
         "model_max_length": max_length,
+        **_settings_of(tokenizer),
     }
     for token in SPECIAL_TOKENS:
         config[f"{token[1:-1].lower()}_token"] = token
@@ -174,40 +183,84 @@ def save_tokenizer(
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
-def load_tokenizer(
-    directory: str | os.PathLike[str], *, lowercase: bool | None = None
-) -> Tokenizer:
-    """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt``.
+def _settings_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What else the words do not say, where it is not what BERT does."""
+    found: dict[str, Any] = {}
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        if normalizer.strip_accents is not None:
+            found["strip_accents"] = normalizer.strip_accents
+        if not normalizer.handle_chinese_chars:
+            found["tokenize_chinese_chars"] = False
+    added = tokenizer.get_added_tokens_decoder()
+    usual = {repr(AddedToken(token, special=True)) for token in SPECIAL_TOKENS}
+    if {repr(token) for token in added.values()} - usual:
+        found["added_tokens_decoder"] = {
+            str(id): {"content": token.content, **{f: getattr(token, f) for f in sorted(FLAGS)}}
+            for id, token in sorted(added.items())
+        }
+    return found
 
-    ``tokenizer.json`` has the special tokens of BERT or of RoBERTa; ``vocab.txt``
-    BERT's.
+
+def load_tokenizer(
+    directory: str | os.PathLike[str],
+    *,
+    lowercase: bool | None = None,
+    any_tokens: bool = False,
+) -> Tokenizer:
+    """Load a tokenizer from ``tokenizer.json``, or from ``vocab.txt``, and do as the settings
+    beside it say: ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``.
+
+    ``tokenizer.json`` has the special tokens of BERT or of RoBERTa, or with ``any_tokens`` any;
+    ``vocab.txt`` BERT's.
 
     ``vocab.txt`` does not say whether text is lower-cased. ``lowercase`` does, or where it is None
     ``tokenizer_config.json``'s ``do_lower_case``, or where that is missing the words themselves: a
     vocabulary with capitals in it is of cased text.
 
     Raises ValueError, naming the path, when neither file is there, one is damaged, or a special
-    token is missing; or when ``lowercase`` is given and ``tokenizer.json`` does otherwise.
+    token is missing; for a setting that can be neither obeyed nor ignored; or when ``lowercase`` is
+    given and ``tokenizer.json`` does otherwise.
     """
     directory = Path(directory)
+    config = read_tokenizer_config(directory)
     file = directory / "tokenizer.json"
     if file.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except OSError:
-            raise
-        # The tokenizers library raises plain Exception for a damaged file.
-        except Exception as error:
-            raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
-        with _named(file):
-            mask_token(tokenizer)
+        tokenizer = _from_json(file)
+        if not any_tokens:
+            with _named(file):
+                mask_token(tokenizer)
+        specials: Sequence[str] = ()
+        for names in (SPECIAL_TOKENS, ROBERTA_TOKENS):
+            if all(tokenizer.token_to_id(token) is not None for token in names):
+                specials = names
+        apply(config, tokenizer, specials)
         if lowercase not in (None, is_lowercase(tokenizer)):
             does = "lower-cases" if is_lowercase(tokenizer) else "keeps case"
             raise ValueError(f"lowercase: expected {not lowercase}, as {file} {does}")
         return tokenizer
     if (directory / "vocab.txt").is_file():
-        return _from_vocab_txt(directory, lowercase)
+        if lowercase is not None:
+            config.normalizer["lowercase"] = lowercase
+        tokenizer = _from_vocab_txt(directory / "vocab.txt", config.normalizer.get("lowercase"))
+        apply(config, tokenizer, SPECIAL_TOKENS)
+        return tokenizer
     raise ValueError(f"{directory}: expected tokenizer.json or vocab.txt, found neither")
+
+
+def _from_json(file: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except OSError:
+        raise
+    # The tokenizers library raises plain Exception for a damaged file.
+    except Exception as error:
+        raise ValueError(f"{file}: expected a tokenizers file, got: {error}") from None
+    # Not how long: the length is the caller's, as in transformers.
+    direction = (tokenizer.truncation or {}).get("direction", "right")
+    if direction.lower() != "right":
+        raise ValueError(f"{file}: truncation: expected the direction Right, got {direction!r}")
+    return tokenizer
 
 
 @contextmanager
@@ -219,37 +272,25 @@ def _named(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _from_vocab_txt(directory: Path, lowercase: bool | None) -> Tokenizer:
-    lines = _read_text(directory / "vocab.txt").split("\n")
+def _from_vocab_txt(file: Path, lowercase: bool | None) -> Tokenizer:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8 text, got: {error}") from None
     if lines and not lines[-1]:
         lines.pop()
-    vocab = {token.rstrip("\r"): id for id, token in enumerate(lines)}
-    if len(vocab) != len(lines):
-        raise ValueError(
-            f"{directory / 'vocab.txt'}: expected one different token a line, got repeated ones"
+    vocab: dict[str, int] = {}
+    for id, line in enumerate(lines):
+        token = line.rstrip("\r")
+        if vocab.setdefault(token, id) != id:
+            raise ValueError(
+                f"{file}: expected one different token a line, got {token!r} in the lines "
+                f"{vocab[token] + 1} and {id + 1}"
+            )
+    with _named(file):
+        return _with_special_tokens(
+            vocab, not _has_capitals(vocab) if lowercase is None else lowercase
         )
-    config = directory / "tokenizer_config.json"
-    if lowercase is None and config.is_file():
-        lowercase = _do_lower_case(config)
-    if lowercase is None:
-        lowercase = not _has_capitals(vocab)
-    with _named(directory / "vocab.txt"):
-        return _with_special_tokens(vocab, lowercase)
-
-
-def _do_lower_case(config: Path) -> bool | None:
-    """What a ``tokenizer_config.json`` says of it, if anything."""
-    try:
-        settings = json.loads(_read_text(config))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{config}: expected JSON, got: {error}") from None
-    found: Any = settings.get("do_lower_case") if isinstance(settings, dict) else settings
-    if not (isinstance(settings, dict) and (found is None or isinstance(found, bool))):
-        raise ValueError(
-            f"{config}: expected an object whose do_lower_case is true or false, "
-            f"got {repr(settings)[:80]}"
-        )
-    return found
 
 
 def _has_capitals(vocab: Iterable[str]) -> bool:
@@ -260,18 +301,6 @@ def _has_capitals(vocab: Iterable[str]) -> bool:
     """
     words = [token for token in vocab if not (token.startswith("[") and token.endswith("]"))]
     return 100 * sum(word != word.lower() for word in words) > len(words)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got: {error}") from None
-
-
-def is_lowercase(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer lower-cases text."""
-    return bool(getattr(tokenizer.normalizer, "lowercase", False))
 
 
 def encode_documents(

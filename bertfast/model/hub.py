@@ -11,13 +11,13 @@ from typing import Any
 from bertfast.errors import CheckpointError
 from bertfast.model.sources import CONFIG, GOOGLE_CONFIG, LATEST, WEIGHT_FILES, listed
 
-# What belongs to a model besides config and weights: its tokenizer, and how sentence-transformers
-# pools it.
+# What belongs to a model besides config and weights: its tokenizer, how sentence-transformers pools
+# it, and what that has on top of it.
 COMPANIONS = re.compile(
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|vocab\.txt|vocab\.json"
-    r"|merges\.txt|sentencepiece\.bpe\.model"
-    r"|modules\.json|(config_sentence_transformers|sentence_bert_config)\.json"
-    r"|\d_\w+/config\.json"
+    r"|added_tokens\.json|merges\.txt|sentencepiece\.bpe\.model"
+    r"|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json"
+    r"|\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)"
 )
 
 

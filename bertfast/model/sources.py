@@ -267,6 +267,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return weights
 
 
+def read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The one file of weights in a folder, of a module that is no model by itself."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = folder / name
+        if file.is_file():
+            return file, _read_file(file)
+    raise CheckpointError(f"{folder}: expected model.safetensors or pytorch_model.bin")
+
+
 def _read_file(file: Path) -> dict[str, Tensor]:
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from bertfast.model.config import BertConfig
 from bertfast.model.heads import BertForSequenceClassification
 from bertfast.tasks.batches import Row, finite, token_ids
+from bertfast.tasks.modules import MODEL_FILE, read_cross_encoder
 from bertfast.tasks.task import Done, Task, check_count, check_pair, check_text
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -126,6 +128,14 @@ class Classify(Task[Texts, Tensor]):
             for first, end in self._windows(len(texts[-1]), room)
         ]
 
+    @classmethod
+    def _asked_for(cls, directory: Path, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        asked, lowercase = read_cross_encoder(directory)
+        activation = asked.pop("activation", None)
+        if activation is not None and given.get("function") is None:
+            asked["function"] = _function_named(activation, MODEL_FILE)
+        return asked, lowercase
+
     def _read(self, inputs: dict[str, Any], places: Sequence[int]) -> Sequence[Tensor]:
         logits: Tensor = self.model(**inputs, return_dict=True).logits
         return finite(logits.float().cpu()).unbind()
@@ -136,15 +146,19 @@ def _function_of(config: BertConfig) -> str:
     named = about.get("activation_fn") if isinstance(about, dict) else None
     named = named or config.extra.get("sbert_ce_default_activation_function")
     if isinstance(named, str):
-        kind = named.rpartition(".")[2]
-        if kind not in ACTIVATIONS:
-            raise ValueError(
-                f"function: config.json names {named}; expected one of {', '.join(ACTIVATIONS)}, "
-                f"or the argument"
-            )
-        return ACTIVATIONS[kind]
+        return _function_named(named, "config.json")
     if config.problem_type == "regression":
         return "none"
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
         return "sigmoid"
     return "softmax"
+
+
+def _function_named(activation: str, file: str) -> str:
+    package, _, kind = activation.rpartition(".")
+    if kind not in ACTIVATIONS or package.split(".")[0] != "torch":
+        raise ValueError(
+            f"function: {file} names {activation}; expected one of {', '.join(ACTIVATIONS)}, "
+            f"or the argument"
+        )
+    return ACTIVATIONS[kind]

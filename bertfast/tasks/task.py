@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from tqdm import tqdm
 
+from bertfast.data.tokenizer_config import lowercase_first, read_tokenizer_config
 from bertfast.data.vocab import load_tokenizer, mask_token
 from bertfast.errors import CheckpointError, InputError
 from bertfast.model.base import BertPreTrainedModel
@@ -47,7 +49,8 @@ class Task(Generic[Input, Result]):
         tokenizer: a ``tokenizers.Tokenizer`` with BERT's or RoBERTa's special tokens (see
             ``load_tokenizer``). It is copied; truncation and padding that it has set are not used.
         max_length: tokens of a row at most, special tokens included; None is what the model has
-            positions for.
+            positions for, in ``from_pretrained`` also what the tokenizer's ``model_max_length``
+            allows, if that is less.
         long: what becomes of a longer text: ``"truncate"`` reads its beginning, ``"window"`` all
             of it, in overlapping windows.
         stride: tokens that neighbouring windows share; None is a quarter of a row.
@@ -142,7 +145,22 @@ class Task(Generic[Input, Result]):
                 f"{os.fspath(path)}: expected a model of the kind {' or '.join(cls.architectures)},"
                 f" got {', '.join(heads)}"
             )
-        return cls(model, load_tokenizer(directory_of(place)), **options)
+        directory = directory_of(place)
+        asked, lowercase = cls._asked_for(directory, options)
+        asked["max_length"] = limit(
+            directory, model.config.max_position_embeddings, asked.get("max_length")
+        )
+        options |= {key: value for key, value in asked.items() if options.get(key) is None}
+        tokenizer = load_tokenizer(directory)
+        if lowercase:
+            lowercase_first(tokenizer)
+        return cls(model, tokenizer, **options)
+
+    @classmethod
+    def _asked_for(cls, directory: Path, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Arguments that a directory asks for besides those given, and whether it has texts
+        lower-cased first."""
+        return {}, False
 
     @classmethod
     def _load_model(cls, path: Any, **options: Any) -> Any:
@@ -227,6 +245,13 @@ class Task(Generic[Input, Result]):
         packing = PrepackedLinear() if self.model is self._module else nullcontext()
         with evaluating(self._module), torch.no_grad(), packing:
             yield
+
+
+def limit(directory: Path, positions: int, asked: int | None = None) -> int | None:
+    """How many tokens of a text are kept, of those that the model has positions for: as many as
+    are asked for, or else as the directory's tokenizer says, if it does."""
+    found = read_tokenizer_config(directory).max_length if asked is None else asked
+    return None if found is None else min(found, positions)
 
 
 def check_text(index: int, name: str, value: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -227,6 +229,21 @@ def test_a_checkpoint_without_the_head_is_refused(task, stored, make_model) -> N
         re.escape(str(folder)) + r".*(got none for|does not fit BertFor\w+ with|got BertFor\w+)",
         str(error.value),
     )
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_the_tokenizers_limit_holds(task, make_model, tmp_path) -> None:
+    folder = shutil.copytree(make_model(TASKS[task]), tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for limit, length in ((11, 11), (int(1e30), LENGTH), (LENGTH + 1, LENGTH)):
+        file.write_text(json.dumps({**settings, "model_max_length": limit}))
+        assert task.from_pretrained(folder).max_length == length
+        assert task.from_pretrained(folder, max_length=None).max_length == length
+    assert task.from_pretrained(folder, max_length=20).max_length == 20
+    file.write_text(json.dumps({**settings, "truncation_side": "left"}))
+    with pytest.raises(CheckpointError, match="truncation_side: expected 'right', got 'left'"):
+        task.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

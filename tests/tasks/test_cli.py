@@ -150,6 +150,10 @@ def test_options_reach_the_task(model, capsys, tmp_path) -> None:
     found = np.load(array)
     assert found.dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(found), embed.many([text, "x"]))
+    joined = ["--pooling", "weightedmean", "--pooling", "cls", "--output", str(array)]
+    assert main(["embed", "--model", folder, text, *joined]) == 0
+    embed = Embed.from_pretrained(folder, pooling=("weightedmean", "cls"))
+    torch.testing.assert_close(torch.from_numpy(np.load(array)), embed.many([text]))
 
     assert main(["classify", "--model", model("classify"), "--pairs", "a", "b", "--json"]) == 0
     paired = lines(capsys)
@@ -250,9 +254,15 @@ def test_bad_files(verb, name, content, message, model, capsys, tmp_path, monkey
         ("fill-mask", ["no mask"], "input 1: text: expected at least one [MASK], got 'no mask'"),
         ("fill-mask", ["[MASK]", "--top-k", "0"], "argument --top-k: expected an integer from 1"),
         ("fill-mask", ["[MASK]", "--top-k", "99999"], "top_k: expected 1 to"),
-        ("embed", ["a", "--pooling", "median"], "pooling: expected one of cls, mean, max, got 'me"),
+        (
+            "embed",
+            ["a", "--pooling", "median"],
+            "pooling: expected one of cls, max, mean, mean",
+        ),
+        ("embed", ["a", "--prompt-name", "q"], "prompt_name: expected none, as there are no prom"),
+        ("embed", ["a", "--prompt-name", "q", "--prompt", "b"], "argument --prompt: not allowed"),
         ("embed", ["a", "--layer", "7"], "layers: expected -4 to 3, got 7"),
-        ("embed", ["a", "--dimensions", "99"], "dimensions: expected 1 to 24 (hidden_size), got"),
+        ("embed", ["a", "--dimensions", "99"], "dimensions: expected 1 to 24 (numbers of a vect"),
         ("embed", ["a", "--input", "b.txt"], "expected TEXT or --input, got both"),
         ("embed", ["a", "--device", "nowhere"], "device: expected one that is here, got 'nowhere'"),
         ("embed", ["a", "--device", "meta"], "device: expected one that holds weights, got 'meta'"),
