@@ -21,7 +21,7 @@ from bertfast import ops
 from bertfast.backends import TABLE
 from bertfast.errors import KernelError
 from bertfast.kernels import cpu, cuda, triton
-from bertfast.ops.dropout import (
+from bertfast.masks import (
     attention_keep_mask,
     dropout_scale,
     dropout_threshold,

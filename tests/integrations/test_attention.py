@@ -12,8 +12,8 @@ from torch import nn
 
 from bertfast.integrations import _attention
 from bertfast.integrations.transformers import attention, mask
+from bertfast.masks import attention_keep_mask, dropout_scale, dropout_threshold
 from bertfast.model.base import draw_seed
-from bertfast.ops.dropout import attention_keep_mask, dropout_scale, dropout_threshold
 from bertfast.testing import assert_no_worse
 
 from .conftest import FAMILIES, MASKS, double, make_inputs, tiny
