@@ -20,15 +20,15 @@ from bertfast.model.outputs import (
     PreTrainingOutput,
     QuestionAnsweringOutput,
 )
-from bertfast.model.packing import Batch, make_batch
+from bertfast.model.packing import Batch, make_batch, may_look
 from bertfast.ops._checks import (
     check_device,
     check_integers,
     check_range,
     check_shape,
     check_tensor,
-    values_are_checked,
 )
+from bertfast.ops._recorders import values_are_hidden
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,9 +134,10 @@ class BertPredictionHead(nn.Module):
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of ``(T, hidden)`` against ``(T,)``; only labelled tokens cost."""
         check_linear("predictions.decoder", self.decoder)
-        labelled = (labels != IGNORED).nonzero().squeeze(1)
-        hidden = self.transform(x.index_select(0, labelled))
-        labels = labels.index_select(0, labelled)
+        if not values_are_hidden():  # where no shape may depend on the labels
+            labelled = (labels != IGNORED).nonzero().squeeze(1)
+            x, labels = x.index_select(0, labelled), labels.index_select(0, labelled)
+        hidden = self.transform(x)
         return ops.cross_entropy(hidden, self.decoder.weight, self.decoder.bias, labels)
 
 
@@ -584,7 +585,7 @@ def _class_loss(name: str, logits: Tensor, labels: Tensor) -> Tensor:
         labels = labels.squeeze(1)
     check_shape(name, labels, (logits.shape[0],))
     check_device(name, labels, "input", logits)
-    if values_are_checked(labels) and not torch.compiler.is_compiling():
+    if may_look(labels):
         check_range(name, labels, logits.shape[1], ignored=IGNORED)
     labels = labels.long()
     # The sum over the count, and not torch's mean, which is NaN for an empty or unlabelled batch.

@@ -37,8 +37,8 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(seed)
 
 
-def _gradients(ctx, dout, backward):
-    (seed,) = ctx.saved_tensors
+def _gradients(ctx, saved, dout, backward):
+    (seed,) = saved
     return backward(dout, seed, ctx.threshold, ctx.site, ctx.backend), None, None, None, None
 
 
