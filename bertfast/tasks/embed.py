@@ -118,7 +118,9 @@ class Embed(Task[str, Tensor]):
     def many(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
         """The vectors of ``texts``, float32 ``(len(texts), dimensions)`` on the CPU."""
         vectors = self._many(texts, progress)
-        return torch.stack(vectors) if vectors else torch.zeros(0, self.dimensions)
+        if not vectors:
+            return torch.zeros(0, self.dimensions, dtype=torch.float32, device="cpu")
+        return torch.stack(vectors)
 
     def _results(self, texts: Sequence[str], done: Done, /, **options: Any) -> list[Tensor]:
         if self.prompt:
@@ -141,14 +143,14 @@ class Embed(Task[str, Tensor]):
 
     def _merge(self, pooled: Tensor, rows: Sequence[Row], texts: int) -> Tensor:
         """Windows' vectors ``(rows, H)`` to their texts' ``(texts, H)``."""
-        owners = torch.tensor([row.owner for row in rows])
+        owners = pooled.new_tensor([row.owner for row in rows], dtype=torch.int64)
         if self.pooling == "max":
             index = owners.unsqueeze(1).expand_as(pooled)
             merged = pooled.new_zeros(texts, pooled.shape[1])
             return merged.scatter_reduce(0, index, pooled, "amax", include_self=False)
         mean = self.pooling == "mean"
-        weights = torch.tensor([float(len(row.input_ids)) if mean else 1.0 for row in rows])
-        total = torch.zeros(texts).index_add(0, owners, weights).clamp(min=1)
+        weights = pooled.new_tensor([float(len(row.input_ids)) if mean else 1.0 for row in rows])
+        total = pooled.new_zeros(texts).index_add(0, owners, weights).clamp(min=1)
         summed = pooled.new_zeros(texts, pooled.shape[1])
         summed = summed.index_add(0, owners, pooled * weights.unsqueeze(1))
         return summed / total.unsqueeze(1)
