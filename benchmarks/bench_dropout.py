@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertfast import ops, testing
 from bertfast.backends import ON_GPU
-from bertfast.ops.dropout import dropout_threshold, keep_mask
+from bertfast.masks import dropout_threshold, keep_mask
 from bertfast.testing import Tensors
 
 from .gpu.timing import OnGpu

@@ -1,4 +1,4 @@
-// The one dropout mask. C++ and CUDA include this file; bertfast/ops/dropout.py is its definition
+// The one dropout mask. C++ and CUDA include this file; bertfast/masks.py is its definition
 // in Python, and gates hold the two together bit for bit.
 //
 // Philox4x32 with 7 rounds: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.

@@ -55,10 +55,10 @@ def pad(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]
     S)``. next_sentence_label: int64 ``(B,)``.
     """
     shape = (len(examples), max((len(example.input_ids) for example in examples), default=0))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    token_type_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64, device="cpu")
+    attention_mask = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    token_type_ids = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    labels = torch.full(shape, IGNORE, dtype=torch.int64, device="cpu")
     for row, example in enumerate(examples):
         n = len(example.input_ids)
         input_ids[row, :n] = torch.from_numpy(example.input_ids)
@@ -119,4 +119,5 @@ def _join(arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 def _next_sentence_label(examples: Sequence[Example]) -> torch.Tensor:
-    return torch.tensor([example.next_sentence_label for example in examples], dtype=torch.int64)
+    labels = [example.next_sentence_label for example in examples]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")

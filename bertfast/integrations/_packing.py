@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bertfast import ops
+from bertfast.ops._recorders import is_graph_recorded
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Packing:
 
 def places(chosen: Tensor) -> Tensor | None:
     """Where a bool mask is true, in its flattened order: int64, None if that is everywhere."""
+    _refuse_recording()
     flat = chosen.reshape(-1).nonzero().squeeze(1)
     return None if flat.shape[0] == chosen.numel() else flat
 
@@ -73,6 +75,16 @@ def sequences(chosen: Tensor) -> tuple[Tensor, int]:
     lengths = chosen.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return cu_seqlens, int(lengths.max()) if lengths.numel() else 0
+
+
+def _refuse_recording() -> None:
+    # An export notices by itself what depends on values.
+    if not torch.compiler.is_compiling() and is_graph_recorded():
+        raise NotImplementedError(
+            "attention_mask: a recording (torch.jit.trace, make_fx) would be right for this mask "
+            'only; record the model with attn_implementation="sdpa", after '
+            "bertfast.integrations.transformers.restore where it is accelerated"
+        )
 
 
 def pad(x: Tensor, rows: Tensor | None, shape: tuple[int, int]) -> Tensor:

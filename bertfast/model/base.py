@@ -371,8 +371,9 @@ def _drops(module: nn.Module) -> bool:
     return False
 
 
-# A compiled graph must not bake the draw in, nor take it from a device's generator.
-@torch.compiler.disable
+# A compiled graph must not bake the draw in, nor take it from a device's generator. This is
+# torch.compiler.disable, which imports torch._dynamo, put off to the first call.
+@torch._disable_dynamo
 def draw_seed() -> Tensor:
     """A seed of dropout masks from torch's default CPU generator: int64 ``(1,)`` on the CPU."""
     return torch.empty(1, dtype=torch.int64, device="cpu").random_(-(2**63), None)

@@ -280,7 +280,8 @@ def _canonical(
         weights[new], origin[new] = source.tensors[name], name
     if not family.has_token_types:
         shape = (model.config.type_vocab_size, model.config.hidden_size)
-        weights.setdefault(TYPE_TABLE, torch.zeros(shape, dtype=_dtype_of(weights)))
+        types = torch.zeros(shape, dtype=_dtype_of(weights), device="cpu")
+        weights.setdefault(TYPE_TABLE, types)
     return weights, origin
 
 

@@ -19,7 +19,7 @@ from bertfast.model.outputs import (
     PreTrainingOutput,
     QuestionAnsweringOutput,
 )
-from bertfast.model.packing import Batch, make_batch
+from bertfast.model.packing import Batch, make_batch, may_look
 from bertfast.model.plain import is_plain
 from bertfast.ops._checks import (
     check_device,
@@ -27,8 +27,8 @@ from bertfast.ops._checks import (
     check_range,
     check_shape,
     check_tensor,
-    values_are_checked,
 )
+from bertfast.ops._recorders import values_are_hidden
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -161,10 +161,10 @@ class BertPredictionHead(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor, num_items: int | Tensor | None = None) -> Tensor:
         """Mean cross-entropy of ``(T, hidden)`` against ``(T,)``; only labelled tokens cost."""
-        labelled = (labels != IGNORED).nonzero().squeeze(1)
-        hidden = self.transform(x.index_select(0, labelled))
-        labels = labels.index_select(0, labelled)
-        decoder = self.decoder
+        if not values_are_hidden():  # where no shape may depend on the labels
+            labelled = (labels != IGNORED).nonzero().squeeze(1)
+            x, labels = x.index_select(0, labelled), labels.index_select(0, labelled)
+        hidden, decoder = self.transform(x), self.decoder
         if not is_plain(decoder, nn.Linear):
             return _class_loss("labels", decoder(hidden), labels, num_items)
         if num_items is None:
@@ -678,7 +678,7 @@ def _class_loss(
         labels = labels.squeeze(1)
     check_shape(name, labels, (logits.shape[0],))
     check_device(name, labels, "input", logits)
-    if values_are_checked(labels) and not torch.compiler.is_compiling():
+    if may_look(labels):
         check_range(name, labels, logits.shape[1], ignored=IGNORED)
     labels = labels.long()
     # The sum over the count, and not torch's mean, which is NaN for an empty or unlabelled batch.

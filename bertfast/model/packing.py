@@ -21,6 +21,7 @@ from bertfast.ops._checks import (
     check_tensor,
     values_are_checked,
 )
+from bertfast.ops._recorders import values_are_hidden
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Batch:
         padded_shape: ``(B, S)`` of a padded batch, None when the caller's input was packed.
         indices: int64 ``(T,)``, each token's place in the flattened ``(B * S)``; None when the
             batch has no padding (or was packed), and then packing is only a view.
+        keeps_padding: whether the padding's places come last in ``indices``, as storage, so that
+            ``T`` is ``B * S`` whatever the mask: for a graph that is recorded.
     """
 
     input_ids: Tensor | None
@@ -48,6 +51,12 @@ class Batch:
     max_seqlen: int
     padded_shape: tuple[int, int] | None = None
     indices: Tensor | None = None
+    keeps_padding: bool = False
+
+    @property
+    def has_storage(self) -> bool:
+        """Whether there may be rows behind ``cu_seqlens[-1]``."""
+        return self.padded_shape is None or self.keeps_padding
 
     @property
     def tokens(self) -> int:
@@ -102,8 +111,10 @@ class Batch:
         if self.padded_shape is not None and self.indices is None:
             return x.reshape(*self.padded_shape, *x.shape[1:])
         places, (rows, columns) = self._places()
-        flat = x.new_full((rows * columns, *x.shape[1:]), value)
-        flat = flat.index_copy(0, places, x[: places.shape[0]])
+        # Storage rows go to one more place behind the grid, which is cut off.
+        extra = 1 if self.has_storage else 0
+        flat = x.new_full((rows * columns + extra, *x.shape[1:]), value)
+        flat = flat.index_copy(0, places, x)[: rows * columns]
         return flat.reshape(rows, columns, *x.shape[1:])
 
     def attended(self) -> Tensor:
@@ -122,20 +133,24 @@ class Batch:
         check_shape(name, labels, self.leading_shape)
         check_device(name, labels, "input", self.position_ids)
         packed = self.pack(labels).long()
-        if self.padded_shape is not None:
-            return packed
-        rows = torch.arange(self.tokens, device=packed.device)
-        return packed.masked_fill(rows >= self.cu_seqlens[-1], ignore_index)
+        return packed.masked_fill(self._storage(), ignore_index) if self.has_storage else packed
+
+    def _storage(self) -> Tensor:
+        """bool ``(T,)``: the rows that are no tokens."""
+        return _storage(self.cu_seqlens, self.tokens)
 
     def _places(self) -> tuple[Tensor, tuple[int, int]]:
         """Each token's place in the flattened grid, and the grid's shape."""
         if self.padded_shape is not None:
             assert self.indices is not None
-            return self.indices, self.padded_shape
-        sequence, column = _locate(self.cu_seqlens, self.tokens)
-        grid = (self.cu_seqlens.shape[0] - 1, min(self.max_seqlen, self.tokens))
-        # The storage rows behind the last token have no place.
-        return (sequence * grid[1] + column)[: int(self.cu_seqlens[-1])], grid
+            places, grid = self.indices, self.padded_shape
+        else:
+            sequence, column = _locate(self.cu_seqlens, self.tokens)
+            grid = (self.cu_seqlens.shape[0] - 1, min(self.max_seqlen, self.tokens))
+            places = sequence * grid[1] + column
+        if self.has_storage:
+            places = places.masked_fill(self._storage(), grid[0] * grid[1])
+        return places, grid
 
 
 def make_batch(
@@ -214,11 +229,7 @@ def _from_padded(
 ) -> Batch:
     shape = (tokens.shape[0], tokens.shape[1])
     if position_ids is None:
-        if shape[1] > max_positions:
-            raise ValueError(
-                f"{name}: expected sequences no longer than the position table "
-                f"(max_position_embeddings={max_positions}), got {shape[1]} tokens"
-            )
+        _check_length(name, shape[1], max_positions)
         position_ids = torch.arange(shape[1], device=tokens.device).unsqueeze(0)
     if token_type_ids is None:
         token_type_ids = torch.zeros((1, shape[1]), dtype=torch.int64, device=tokens.device)
@@ -227,16 +238,34 @@ def _from_padded(
         if tuple(value.shape) != (1, shape[1]):
             check_shape(key, value, shape)
         check_device(key, value, name, tokens)
-    indices, cu_seqlens, max_seqlen = unpad(attention_mask, shape, name, tokens)
+    recorded = values_are_hidden()
+    if recorded:
+        _check_length(name, shape[1], max_positions)
+        indices, cu_seqlens = sort_padding(attention_mask, shape, name, tokens)
+        # The length that comes later is not known, and kernels take any bound.
+        max_seqlen = max_positions
+    else:
+        indices, cu_seqlens, max_seqlen = unpad(attention_mask, shape, name, tokens)
+    keeps_padding = recorded and indices is not None
+    storage = _storage(cu_seqlens, shape[0] * shape[1]) if keeps_padding else None
+
+    def take(x: Tensor | None) -> Any:
+        if x is None:
+            return None
+        x = _take(x.expand(*shape, *x.shape[2:]), shape, indices)
+        # What stands on padding is read now, and may be anything.
+        return x if storage is None else x.masked_fill(storage.view(-1, *[1] * (x.dim() - 1)), 0)
+
     return Batch(
-        None if input_ids is None else _take(input_ids, shape, indices),
-        None if inputs_embeds is None else _take(inputs_embeds, shape, indices),
-        _take(token_type_ids.expand(shape), shape, indices),
-        _take(position_ids.expand(shape), shape, indices),
+        take(input_ids),
+        take(inputs_embeds),
+        take(token_type_ids),
+        take(position_ids),
         cu_seqlens,
         max_seqlen,
         shape,
         indices,
+        keeps_padding,
     )
 
 
@@ -258,10 +287,10 @@ def _from_packed(
             f"got {type(max_seqlen).__name__}"
         )
     check_cu_seqlens("cu_seqlens", cu_seqlens, name, tokens)
-    if _may_look(tokens):
+    if may_look(tokens):
         check_cu_seqlens_values("cu_seqlens", cu_seqlens, count, "max_seqlen", max_seqlen)
     if position_ids is None:
-        if _may_look(tokens) and cu_seqlens.shape[0] > 1:
+        if may_look(tokens) and cu_seqlens.shape[0] > 1:
             longest = int(cu_seqlens.diff().max())
             if longest > max_positions:
                 raise ValueError(
@@ -298,8 +327,49 @@ def unpad(
     """
     rows, columns = shape
     if attention_mask is None:
-        cu_seqlens = torch.arange(rows + 1, dtype=torch.int32, device=tokens.device) * columns
-        return None, cu_seqlens, columns if rows else 0
+        return None, _even_bounds(shape, tokens), columns if rows else 0
+    attended = _attended(attention_mask, shape, name, tokens)
+    cu_seqlens, lengths = _bounds(attended)
+    indices = attended.reshape(-1).nonzero().squeeze(1)
+    max_seqlen = int(lengths.max()) if rows else 0
+    if indices.shape[0] == rows * columns:
+        return None, cu_seqlens, max_seqlen
+    return indices, cu_seqlens, max_seqlen
+
+
+def sort_padding(
+    attention_mask: Tensor | None, shape: tuple[int, int], name: str, tokens: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """As :func:`unpad`, but without a shape or a number that depends on the mask's values.
+
+    Returns:
+        indices: int64 ``(B * S,)``: the places of the attended tokens in their order, and then
+            those of the padding; None without a mask.
+        cu_seqlens: as of :func:`unpad`.
+
+    Raises:
+        TypeError, ValueError: as :func:`unpad`, except that values are not looked at: other numbers
+            than 0 are taken for 1.
+    """
+    if attention_mask is None:
+        return None, _even_bounds(shape, tokens)
+    attended = _attended(attention_mask, shape, name, tokens)
+    indices = (~attended).reshape(-1).int().argsort(stable=True)
+    return indices, _bounds(attended)[0]
+
+
+def _even_bounds(shape: tuple[int, int], tokens: Tensor) -> Tensor:
+    return torch.arange(shape[0] + 1, dtype=torch.int32, device=tokens.device) * shape[1]
+
+
+def _bounds(attended: Tensor) -> tuple[Tensor, Tensor]:
+    """``cu_seqlens`` of a bool ``(B, S)``, and the length of each sequence."""
+    lengths = attended.sum(1, dtype=torch.int32)
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), lengths
+
+
+def _attended(attention_mask: Tensor, shape: tuple[int, int], name: str, tokens: Tensor) -> Tensor:
+    """The mask, checked, as bool."""
     check_tensor("attention_mask", attention_mask)
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(
@@ -314,17 +384,24 @@ def unpad(
     check_shape("attention_mask", attention_mask, shape)
     check_device("attention_mask", attention_mask, name, tokens)
     attended = attention_mask != 0
-    if _may_look(tokens) and attention_mask.dtype != torch.bool:
+    if may_look(tokens) and attention_mask.dtype != torch.bool:
         odd = attention_mask[attended & (attention_mask != 1)]
         if odd.numel():
             raise ValueError(f"attention_mask: expected only 0 and 1, got {int(odd[0])}")
-    lengths = attended.sum(1, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    indices = attended.reshape(-1).nonzero().squeeze(1)
-    max_seqlen = int(lengths.max()) if rows else 0
-    if indices.shape[0] == rows * columns:
-        return None, cu_seqlens, max_seqlen
-    return indices, cu_seqlens, max_seqlen
+    return attended
+
+
+def _check_length(name: str, length: int, max_positions: int) -> None:
+    if length > max_positions:
+        raise ValueError(
+            f"{name}: expected sequences no longer than the position table "
+            f"(max_position_embeddings={max_positions}), got {length} tokens"
+        )
+
+
+def _storage(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """bool ``(tokens,)``: the rows behind the last sequence."""
+    return torch.arange(tokens, dtype=torch.int64, device=cu_seqlens.device) >= cu_seqlens[-1]
 
 
 def _take(x: Tensor, shape: tuple[int, int], indices: Tensor | None) -> Tensor:
@@ -342,6 +419,9 @@ def _locate(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return sequence.masked_fill(storage, 0), (rows - bounds[sequence]).masked_fill(storage, 0)
 
 
-def _may_look(tokens: Tensor) -> bool:
-    """Values may be read without a GPU waiting or a compiled graph breaking."""
-    return values_are_checked(tokens) and not torch.compiler.is_compiling()
+def may_look(tokens: Tensor) -> bool:
+    """Values may be read without a GPU waiting, a compiled graph breaking or a recorded graph
+    being right for these values only."""
+    return (
+        values_are_checked(tokens) and not torch.compiler.is_compiling() and not values_are_hidden()
+    )

@@ -99,7 +99,7 @@ class Checkpoint:
         """A variable's value, on the CPU. Raises CheckpointError if its CRC is another one."""
         shape, dtype = self.layout(name)
         variable, file = self.variables[name], self.shards[self.variables[name].shard]
-        value = torch.empty(shape, dtype=dtype)
+        value = torch.empty(shape, dtype=dtype, device="cpu")
         data: Any = value.reshape(-1).view(torch.uint8).numpy()
         try:
             with open(file, "rb", buffering=0) as opened:

@@ -3,7 +3,7 @@
 ``T`` tokens of a whole batch lie one after another without padding; ``cu_seqlens`` (int32,
 batch + 1) says where each sequence starts and ends. Every op takes ``backend=`` (see
 :mod:`bertfast.backends`) and every dropout mask is a pure function of ``(seed, site, element)``
-(see :mod:`bertfast.ops.dropout`).
+(see :mod:`bertfast.masks`).
 """
 
 from bertfast.backends import load_kernels

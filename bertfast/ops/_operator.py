@@ -1,8 +1,9 @@
 """Turns a forward and a backward launcher into a differentiable operation.
 
 In eager mode an op is a ``torch.autograd.Function`` over its launchers, which is the cheapest
-differentiable call torch has. While torch is compiling it is a pair of ``torch.library`` custom
-ops over the same launchers, which ``torch.compile`` keeps whole instead of breaking the graph.
+differentiable call torch has. While torch is compiling, or whoever else records what it dispatches,
+it is a pair of ``torch.library`` custom ops over the same launchers, which ``torch.compile`` keeps
+whole instead of breaking the graph.
 """
 
 import functools
@@ -12,9 +13,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from bertfast.ops._recorders import (
+    is_recorded,
+    is_transformed,
+    refuse_forward_mode,
+    refuse_onnx,
+)
+
+# The launcher of each custom op, by its name in torch: for who watches what goes on in it.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+
 
 class Operator:
-    """One op word, differentiable in eager mode and under ``torch.compile``.
+    """One op word, differentiable in eager mode and where somebody records.
 
     Args:
         word: the op's name; the custom ops are ``bertfast::<word>`` and
@@ -24,8 +35,10 @@ class Operator:
         backward: launcher for the gradients.
         forward_fake, backward_fake: the same signatures, giving empty tensors of the right shapes.
         save: ``save(ctx, inputs, outputs)`` keeps what ``gradients`` needs.
-        gradients: ``gradients(ctx, dout, backward)`` returns one gradient (or None) per input of
-            ``forward``; ``backward`` is the launcher or the custom op over it.
+        gradients: ``gradients(ctx, saved, dout, backward)`` returns one gradient (or None) per
+            input of ``forward``; ``saved`` are the saved tensors, which may be read only once
+            (a checkpoint computes them when they are), and ``backward`` is the launcher or the
+            custom op over it.
     """
 
     def __init__(
@@ -37,21 +50,33 @@ class Operator:
         forward_fake: Callable[..., Any],
         backward_fake: Callable[..., Any],
         save: Callable[[Any, Sequence[Any], Sequence[Tensor]], None],
-        gradients: Callable[[Any, Tensor, Callable[..., Any]], tuple[Tensor | None, ...]],
+        gradients: Callable[..., tuple[Tensor | None, ...]],
     ) -> None:
         forward, backward = _outside_autocast(forward), _outside_autocast(backward)
+        self.word = word
         self.forward = forward
-        self.function = _function(word, forward, backward, save, gradients)
-        self.custom_op = _custom_op(
+        forward_op, backward_op = _custom_ops(
             word, forward, backward, forward_fake, backward_fake, save, gradients
         )
+        self.custom_op = forward_op
+        forward, backward = _either(forward, forward_op), _either(backward, backward_op)
+        self.function = _function(word, self.forward, backward, save, gradients)
+        self.transformable = _transformable(word, forward, backward, save, gradients)
 
     def __call__(self, *inputs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _first(self.custom_op(*inputs))
+        if is_recorded(inputs):
+            return self._recorded(*inputs)
         if not torch.is_grad_enabled():
             return _first(self.forward(*inputs))
         return self.function.apply(*inputs)
+
+    def _recorded(self, *inputs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            refuse_forward_mode(self.word, inputs)
+            refuse_onnx(self.word)
+            if is_transformed():
+                return _first(self.transformable.apply(*inputs))
+        return _first(self.custom_op(*inputs))
 
 
 def _first(outputs: Any) -> Tensor:
@@ -72,6 +97,15 @@ def _outside_autocast(launcher: Callable[..., Any]) -> Callable[..., Any]:
             with torch.autocast(device, enabled=False):
                 return launcher(*inputs)
         return launcher(*inputs)
+
+    return call
+
+
+def _either(launcher: Callable[..., Any], custom_op: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher, or the custom op over it where somebody records the backward pass."""
+
+    def call(*inputs: Any) -> Any:
+        return custom_op(*inputs) if is_recorded(inputs) else launcher(*inputs)
 
     return call
 
@@ -110,17 +144,66 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, dout: Tensor) -> Any:
+            saved = ctx.saved_tensors
             if not torch.is_grad_enabled():
-                return gradients(ctx, dout, backward)
+                return gradients(ctx, saved, dout, backward)
             # create_graph=True: tie the gradients to all they depend on, so that differentiating
             # them again fails loudly instead of leaving a term out.
-            return Gradient.apply(lambda: gradients(ctx, dout, backward), dout, *ctx.saved_tensors)
+            return Gradient.apply(lambda: gradients(ctx, saved, dout, backward), dout, *saved)
 
     Eager.__name__ = Eager.__qualname__ = f"bertfast_{word}"
     return Eager
 
 
-def _custom_op(
+def _transformable(
+    word: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+) -> type[torch.autograd.Function]:
+    """The op as ``torch.func`` transforms it, which does not know how to differentiate a custom op.
+
+    It takes longer than the eager function, since what is saved must be outputs.
+    """
+
+    class Gradient(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return backward(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Tensor) -> Any:
+            _refuse(word)
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return forward(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            outputs = _outputs(output)
+            ctx.mark_non_differentiable(*outputs[1:])
+            save(ctx, inputs, outputs)
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
+            return gradients(ctx, ctx.saved_tensors, dout, Gradient.apply)
+
+    Transformable.__name__ = Transformable.__qualname__ = f"bertfast_{word}"
+    return Transformable
+
+
+def _custom_ops(
     word: str,
     forward: Callable[..., Any],
     backward: Callable[..., Any],
@@ -128,7 +211,7 @@ def _custom_op(
     backward_fake: Callable[..., Any],
     save: Callable[..., None],
     gradients: Callable[..., tuple[Tensor | None, ...]],
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     forward_op = torch.library.custom_op(f"bertfast::{word}", forward, mutates_args=())
     forward_op.register_fake(forward_fake)
     backward_op = torch.library.custom_op(f"bertfast::{word}_backward", backward, mutates_args=())
@@ -138,11 +221,13 @@ def _custom_op(
         save(ctx, inputs, _outputs(output))
 
     def run_backward(ctx: Any, dout: Tensor, *_: Any) -> Any:
-        return gradients(ctx, dout, backward_op)
+        return gradients(ctx, ctx.saved_tensors, dout, backward_op)
 
     def refuse_double(ctx: Any, *_: Any) -> Any:
         _refuse(word)
 
     forward_op.register_autograd(run_backward, setup_context=setup_context)
     backward_op.register_autograd(refuse_double)
-    return forward_op
+    LAUNCHERS[f"bertfast::{word}"] = forward
+    LAUNCHERS[f"bertfast::{word}_backward"] = backward
+    return forward_op, backward_op

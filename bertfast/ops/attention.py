@@ -144,8 +144,8 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.options = inputs[6:]
 
 
-def _gradients(ctx, dout, backward):
-    return (*backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 10)
+def _gradients(ctx, saved, dout, backward):
+    return (*backward(dout, *saved, *ctx.options), *[None] * 10)
 
 
 _attention = Operator(
@@ -239,8 +239,8 @@ def _packed_save(ctx, inputs, outputs) -> None:
     ctx.options = inputs[3:]
 
 
-def _packed_gradients(ctx, dout, backward):
-    return (backward(dout, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+def _packed_gradients(ctx, saved, dout, backward):
+    return (backward(dout, *saved, *ctx.options), *[None] * 8)
 
 
 _attention_qkvpacked = Operator(

@@ -70,9 +70,9 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.options = inputs[4:]
 
 
-def _gradients(ctx, dloss, backward):
-    dhidden, dweight, dbias = backward(dloss, *ctx.saved_tensors, *ctx.options)
-    has_bias = ctx.saved_tensors[2] is not None
+def _gradients(ctx, saved, dloss, backward):
+    dhidden, dweight, dbias = backward(dloss, *saved, *ctx.options)
+    has_bias = saved[2] is not None
     return dhidden, dweight, dbias if has_bias else None, None, None, None, None
 
 

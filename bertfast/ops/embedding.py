@@ -148,10 +148,10 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(*tensors, outputs[1], seed)
 
 
-def _gradients(ctx, dout, backward):
+def _gradients(ctx, saved, dout, backward):
     options = ctx.padding_idx, ctx.threshold, ctx.site, ctx.backend
-    dword, dtoken_type, dposition, dweight, dbias = backward(dout, *ctx.saved_tensors, *options)
-    if ctx.saved_tensors[1] is None:
+    dword, dtoken_type, dposition, dweight, dbias = backward(dout, *saved, *options)
+    if saved[1] is None:
         dtoken_type = None
     return (dword, dtoken_type, dposition, dweight, dbias, *[None] * 10)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from bertfast.backends import choose, kernel
 from bertfast.ops._checks import check_floating, check_like, check_norm, check_shape
 from bertfast.ops._operator import Operator
+from bertfast.ops._recorders import is_graph_recorded
 from bertfast.ops.dropout import dropout_arguments
 
 
@@ -70,9 +71,9 @@ def _save(ctx, inputs, outputs) -> None:
     ctx.save_for_backward(total, weight, bias, statistics, seed)
 
 
-def _gradients(ctx, dout, backward):
+def _gradients(ctx, saved, dout, backward):
     options = ctx.threshold, ctx.site, ctx.has_residual, ctx.backend
-    dx, dresidual, dweight, dbias = backward(dout, *ctx.saved_tensors, *options)
+    dx, dresidual, dweight, dbias = backward(dout, *saved, *options)
     if not ctx.has_residual:
         dresidual = None
     elif ctx.threshold == 0:
@@ -142,6 +143,7 @@ def layernorm(
         eps,
         threshold,
         site,
-        torch.is_grad_enabled(),
+        # A graph recorded without gradients may be run with them.
+        torch.is_grad_enabled() or is_graph_recorded(),
         choose("layernorm", x, backend),
     )

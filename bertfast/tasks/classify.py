@@ -112,8 +112,8 @@ class Classify(Task[Texts, Tensor]):
             rows += self._cut(owner, texts)
         logits = torch.stack(self._run(rows, self._read, done))
         if len(rows) > len(inputs):
-            owners = torch.tensor([row.owner for row in rows])
-            sums = torch.zeros(len(inputs), logits.shape[1]).index_add(0, owners, logits)
+            owners = logits.new_tensor([row.owner for row in rows], dtype=torch.int64)
+            sums = logits.new_zeros(len(inputs), logits.shape[1]).index_add(0, owners, logits)
             logits = sums / owners.bincount(minlength=len(inputs)).unsqueeze(1)
         return list(FUNCTIONS[self.function](logits))
 

@@ -127,7 +127,7 @@ def pretrain(
         bias_correction=config.bias_correction,
     )
     run = {"config": asdict(config), "data": data.fingerprint()}
-    state = _State(recent=torch.zeros(4, device=device))
+    state = _State(recent=torch.zeros(4, dtype=torch.float32, device=device))
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)

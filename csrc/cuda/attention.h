@@ -155,7 +155,7 @@ struct View {
 
 // The dropout mask of a warp's scores of a block of keys. This lane's columns are all eight lanes of
 // two groups, in each of its two rows, so that it draws no word in vain (the layout is defined in
-// bertfast/ops/dropout.py). A bit for each score: registers are dear.
+// bertfast/masks.py). A bit for each score: registers are dear.
 struct ScoreMask {
   uint32_t kept = 0xFFFFFFFFu;
   float scale = 1.0f;  // of what is kept

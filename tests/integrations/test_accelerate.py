@@ -15,8 +15,8 @@ import bertfast
 from bertfast.integrations import _accelerate
 from bertfast.integrations._accelerate import accelerated_class
 from bertfast.integrations.transformers import accelerate, restore
+from bertfast.masks import attention_keep_mask, dropout_scale, dropout_threshold, keep_mask
 from bertfast.model.base import draw_seed
-from bertfast.ops.dropout import attention_keep_mask, dropout_scale, dropout_threshold, keep_mask
 from bertfast.testing import assert_no_worse
 
 from .conftest import CONFIGS, FAMILIES, MASKS, double, make_inputs, tiny

@@ -12,8 +12,8 @@ from torch import nn
 
 from bertfast.integrations import _attention
 from bertfast.integrations.transformers import attention, mask
+from bertfast.masks import attention_keep_mask, dropout_scale, dropout_threshold
 from bertfast.model.base import draw_seed
-from bertfast.ops.dropout import attention_keep_mask, dropout_scale, dropout_threshold
 from bertfast.testing import assert_no_worse
 
 from .conftest import FAMILIES, MASKS, double, make_inputs, tiny
@@ -397,3 +397,13 @@ def test_too_old_a_transformers_is_refused(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.3.9")
     with pytest.raises(ImportError, match=r"expected transformers >= 5\.4, got 5\.3\.9"):
         importlib.reload(module)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_for_one_mask_only_is_refused():
+    model = with_bertfast(tiny("Bert")).eval()
+    model.config.return_dict = False
+    inputs = make_inputs("Bert").kwargs
+    example = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad(), pytest.raises(NotImplementedError, match='attn_implementation="sdpa"'):
+        torch.jit.trace(model, example)

@@ -97,8 +97,8 @@ def test_full_dropout_is_finite(tiny_config, step):
 
 def test_every_dropout_of_the_model_is_where_the_reference_puts_it(tiny_config):
     """One layer in plain torch with the masks of the contract, site by site."""
-    from bertfast.ops.dropout import attention_keep_mask, dropout_scale, keep_mask
-    from bertfast.ops.dropout import dropout_threshold as threshold_of
+    from bertfast.masks import attention_keep_mask, dropout_scale, keep_mask
+    from bertfast.masks import dropout_threshold as threshold_of
 
     config = tiny_config(num_hidden_layers=2, num_labels=3, classifier_dropout=0.4, **DROPPING)
     torch.manual_seed(0)

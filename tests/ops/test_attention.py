@@ -7,7 +7,7 @@ from bertfast import ops, testing
 from bertfast.backends import kernel
 from bertfast.errors import BackendError
 from bertfast.kernels import cpu, cuda
-from bertfast.ops.dropout import attention_keep_mask
+from bertfast.masks import attention_keep_mask
 
 SEED = testing.seed_tensor()
 

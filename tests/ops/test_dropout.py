@@ -9,7 +9,7 @@ from scipy import stats
 from bertfast import ops, testing
 from bertfast.backends import kernel
 from bertfast.kernels import cpu
-from bertfast.ops.dropout import (
+from bertfast.masks import (
     attention_keep_mask,
     dropout_scale,
     dropout_threshold,

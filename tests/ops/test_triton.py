@@ -12,7 +12,7 @@ from bertfast import ops, testing
 from bertfast.backends import TABLE, _Missing, kernel
 from bertfast.errors import BackendError
 from bertfast.kernels import triton
-from bertfast.ops.dropout import keep_mask
+from bertfast.masks import keep_mask
 
 WORDS = [word for word, names in TABLE.items() if "triton" in names]
 SEEDS, SITES = (0, -1, testing.SEED), (0, 7, 0xFFFFFFFF)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bertfast import _cpu
 
@@ -41,6 +43,66 @@ def test_importing_loads_nothing_optional_and_touches_no_gpu(tmp_path: Path) -> 
     # The bare import is instant: what is heavy comes with the first name that needs it.
     assert {"torch", "numpy", "tokenizers"} & set(bare) == set()
     assert gpu is False
+
+
+def test_a_model_class_costs_little_beside_torch(tmp_path: Path) -> None:
+    """What takes as long to import as torch does stays away."""
+    loaded = evaluate(
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import bertfast; bertfast.BertModel; bertfast.tasks.Embed\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))",
+        tmp_path,
+        TRITON_INTERPRET="0",
+    )
+    assert "bertfast.model.bert" in loaded
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
+    if torch.version.cuda is None:  # Triton's kernels are imported where they may run
+        heavy.add("triton")
+    assert heavy & set(loaded) == set()
+
+
+# A process for each would take a minute; a fork of one that has what is not ours takes no time.
+IMPORT_EACH = """
+import importlib, importlib.util, json, os, sys, traceback
+from pathlib import Path
+import torch
+for name in ("numpy", "tokenizers", "safetensors.torch", "triton"):
+    if importlib.util.find_spec(name.split(".")[0]):
+        importlib.import_module(name)
+root = Path(importlib.util.find_spec("bertfast").origin).parent
+failed = {}
+names = []
+for path in sorted(root.rglob("*.py")):
+    name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+    name = name.removesuffix(".__init__")
+    if name == "bertfast.__main__":
+        continue
+    if name.startswith("bertfast.kernels.triton.") and "triton" not in sys.modules:
+        continue
+    if name.startswith("bertfast.integrations."):  # transformers takes many seconds
+        continue
+    names.append(name)
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed[name] = True
+print(json.dumps([names, list(failed)]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_every_module_imports_alone(tmp_path: Path) -> None:
+    names, failed = evaluate(IMPORT_EACH, tmp_path)
+    assert "bertfast.kernels.reference.dropout" in names
+    assert len(names) > 60
+    assert failed == []
 
 
 ISA = "import json; from bertfast import _cpu; print(json.dumps(_cpu.isa()))"

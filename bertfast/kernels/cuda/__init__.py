@@ -64,8 +64,6 @@ def emulated() -> bool:
     return _lib is not None and bool(_lib.emulated)
 
 
-# What a device cannot run it never can; torch.compile takes the answer as a constant.
-@torch.compiler.assume_constant_result
 def _unusable(device: int) -> str | None:
     """Why the device runs nothing of the module, an old driver or another architecture, or None."""
     if device not in _tried:
@@ -74,6 +72,12 @@ def _unusable(device: int) -> str | None:
         text = library().status_text(status)
         _tried[device] = f"cuda:{device} cannot run bertfast._cuda: {text}" if status else None
     return _tried[device]
+
+
+# What a device cannot run it never can; torch.compile takes the answer as a constant. This is all
+# that torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes as
+# long as torch.
+_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(x: Tensor) -> str | None:

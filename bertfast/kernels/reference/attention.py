@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels.reference import accumulation_dtype
-from bertfast.ops.dropout import attention_keep_mask, dropout_scale
+from bertfast.masks import attention_keep_mask, dropout_scale
 
 
 def supports(x: Tensor) -> str | None:

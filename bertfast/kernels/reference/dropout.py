@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bertfast.kernels.reference import accumulation_dtype
-from bertfast.ops.dropout import dropout_scale, keep_mask
+from bertfast.masks import dropout_scale, keep_mask
 
 
 def supports(x: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""The one dropout mask in Triton; :mod:`bertfast.ops.dropout` is its definition."""
+"""The one dropout mask in Triton; :mod:`bertfast.masks` is its definition."""
 
 import triton
 import triton.language as tl

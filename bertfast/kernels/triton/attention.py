@@ -15,7 +15,7 @@ from bertfast.kernels.device import on_device, shared_memory
 from bertfast.kernels.layout import by_head, dense
 from bertfast.kernels.triton import Tile, generation, product_precision, signed
 from bertfast.kernels.triton._dropout import keep_scores
-from bertfast.ops.dropout import dropout_scale
+from bertfast.masks import dropout_scale
 
 
 def supports(x: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from bertfast.kernels.device import on_device
 from bertfast.kernels.layout import dense
 from bertfast.kernels.triton import Tile, signed
 from bertfast.kernels.triton._dropout import keep_rows
-from bertfast.ops.dropout import dropout_scale
+from bertfast.masks import dropout_scale
 
 supports = shared.unsupported
 

@@ -22,7 +22,7 @@ from bertfast.kernels.triton import (
 )
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both
-from bertfast.ops.dropout import dropout_scale
+from bertfast.masks import dropout_scale
 
 supports = shared.unsupported_rows
 

@@ -14,7 +14,7 @@ from bertfast.kernels.layout import dense, dense_or_none
 from bertfast.kernels.triton import WIDEST_BLOCK, Tile, signed
 from bertfast.kernels.triton._dropout import keep_rows
 from bertfast.kernels.triton._norm import row_gradient, statistics_of, sum_both, without_rest
-from bertfast.ops.dropout import dropout_scale
+from bertfast.masks import dropout_scale
 
 supports = shared.unsupported_rows
 
