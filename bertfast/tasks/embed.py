@@ -104,8 +104,13 @@ class Embed(Task[str, Tensor]):
         cls: type[Self],
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        revision: str | None = None,
+        ignore: Sequence[str] = (),
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """As :meth:`Task.from_pretrained <bertfast.tasks.task.Task.from_pretrained>`.
@@ -118,12 +123,15 @@ class Embed(Task[str, Tensor]):
             CheckpointError: it asks for something that is not there: another pooling, another
                 layer on top, a setting that this package does not know.
         """
-        place = locate(path)
+        place = locate(
+            path, revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+        )
         layout = read_layout(directory_of(place))
         model = BertModel.from_pretrained(
             layout.folder if place.is_dir() else place,
             dtype=dtype,
             device=device,
+            ignore=ignore,
             add_pooling_layer=False,
         )
         hidden = model.config.hidden_size

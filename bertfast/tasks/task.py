@@ -117,8 +117,13 @@ class Task(Generic[Input, Result]):
         cls: type[Self],
         path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        revision: str | None = None,
+        ignore: Sequence[str] = (),
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """The task with the model and the tokenizer of a directory.
@@ -126,7 +131,8 @@ class Task(Generic[Input, Result]):
         Args:
             path: what the model's ``from_pretrained`` takes, with ``tokenizer.json`` or
                 ``vocab.txt``.
-            dtype, device: of the model.
+            dtype, device, ignore: of the model, as its ``from_pretrained`` takes them.
+            revision, local_files_only, token, cache_dir: of the hub, likewise.
             options: the class's own arguments.
 
         Raises:
@@ -134,8 +140,10 @@ class Task(Generic[Input, Result]):
                 head that the task needs.
             TypeError, ValueError: a bad argument, or no tokenizer.
         """
-        place = locate(path)
-        model = cls._load_model(place, dtype=dtype, device=device)
+        place = locate(
+            path, revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+        )
+        model = cls._load_model(place, dtype=dtype, device=device, ignore=ignore)
         found = model.config.extra.get("architectures")
         names = [str(name) for name in found] if isinstance(found, list) else []
         heads = [name for name in names if "For" in name]
