@@ -4,8 +4,8 @@ OpenMP's threads do not follow through a fork. GNU's OpenMP, which torch uses on
 notice: once it has started its threads, which loading a model is enough for, the child waits for
 them for ever at its first operation on more than one thread. So they are ended before a fork, and
 parent and child both start their own when they need them. Other OpenMP runtimes notice by
-themselves. A process that does not fork, or forks only to execute another program (``subprocess``),
-never comes here.
+themselves. A process that does not fork, or forks only to execute another program (``subprocess``
+without ``preexec_fn``), never comes here.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 _GNU = "libgomp"
 # What omp.h calls omp_pause_soft: the threads end, the settings stay.
 _SOFT = 1
-# Whether there ever were threads that could not be ended before a fork.
+# Whether there were threads that could not be ended before the last fork.
 _left = False
 
 
@@ -31,6 +31,7 @@ def _runtimes() -> set[str]:
 def _end_threads() -> None:
     """End the OpenMP threads of this Python thread, which is the one that the child will have."""
     global _left
+    _left = False
     for file in _runtimes():
         import ctypes
 

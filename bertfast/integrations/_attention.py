@@ -37,24 +37,23 @@ class Mask:
 
     Args:
         attended: the tensor.
+        q_length: how many queries it is for.
+        causal, first: whether query i sees no key behind ``first + i``.
         asked_by: the model, for messages.
-        made_for, packing: how many queries the mask was made for, and how they and the keys are
-            packed, worked out once per forward and handed from layer to layer.
+
+    ``packing``, of the queries and the keys, is worked out here, once per forward, and handed from
+    layer to layer.
     """
 
     asked_by = "a model"  # on the class, too: a copy in the making has no attributes yet
 
     def __init__(
-        self,
-        attended: Tensor,
-        asked_by: str = asked_by,
-        made_for: int | None = None,
-        packing: Packing | None = None,
+        self, attended: Tensor, q_length: int, causal: bool, first: int, asked_by: str = asked_by
     ) -> None:
         self.attended = attended
+        self.q_length, self.causal, self.first = q_length, causal, first
         self.asked_by = asked_by
-        self.made_for = made_for
-        self.packing = packing
+        self.packing = _pack(attended != 0, q_length, causal, first)
         self.shape, self.ndim = attended.shape, attended.ndim
         self.dtype, self.device = attended.dtype, attended.device
 
@@ -70,7 +69,9 @@ class Mask:
     def to(self, *args: Any, **kwargs: Any) -> "Mask":
         """As a tensor's; one that was moved is packed again."""
         moved = self.attended.to(*args, **kwargs)
-        return self if moved is self.attended else Mask(moved, self.asked_by)
+        if moved is self.attended:
+            return self
+        return Mask(moved, self.q_length, self.causal, self.first, self.asked_by)
 
     def contiguous(self, **_: Any) -> "Mask":
         return self
@@ -167,7 +168,7 @@ def mask(
     causal = mask_function is causal_mask_function
     first = int(q_offset) - kv_offset if causal else 0
     asked_by = Mask.asked_by if config is None else f"the model of a {type(config).__name__}"
-    return Mask(attended, asked_by, q_length, _pack(attended, q_length, causal, first))
+    return Mask(attended, q_length, causal, first, asked_by)
 
 
 def _check_mask(attention_mask: Tensor) -> None:
@@ -274,13 +275,15 @@ def _packing_of(
     if attention_mask is None:
         attended = torch.ones(batch, kv_length, dtype=torch.bool, device=query.device)
     else:
-        if isinstance(attention_mask, Mask):
-            if attention_mask.made_for == q_length and attention_mask.packing is not None:
-                return attention_mask.packing
-            attention_mask = attention_mask.attended
-        _check_mask(attention_mask)
-        check_shape("attention_mask", attention_mask, (batch, kv_length))
-        check_device("attention_mask", attention_mask, "query", query)
-        attended = attention_mask != 0
+        made = attention_mask if isinstance(attention_mask, Mask) else None
+        keys = attention_mask.attended if isinstance(attention_mask, Mask) else attention_mask
+        _check_mask(keys)
+        check_shape("attention_mask", keys, (batch, kv_length))
+        check_device("attention_mask", keys, "query", query)
+        if made is not None:
+            if made.q_length == q_length:
+                return made.packing
+            is_causal = made.causal
+        attended = keys != 0
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return _pack(attended, q_length, bool(causal), kv_length - q_length if causal else 0)

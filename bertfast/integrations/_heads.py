@@ -19,7 +19,7 @@ from transformers.models.roberta.modeling_roberta import RobertaLMHead
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLMHead
 
 from bertfast import ops
-from bertfast.integrations._layers import Accelerated, is_transformed
+from bertfast.integrations._layers import Accelerated, needs_whole_rows
 from bertfast.model.heads import IGNORED
 from bertfast.model.plain import is_computed_by, is_plain
 from bertfast.ops._checks import check_shape
@@ -42,7 +42,7 @@ class AcceleratedMaskedLM(Accelerated):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels")
         # Beyond three, the models' positional arguments differ.
-        others = labels is None or len(args) > 3 or is_transformed(self)
+        others = labels is None or len(args) > 3 or needs_whole_rows(self)
         found = None if others else self._predictions()
         if found is None or not is_plain(found[1], nn.Linear):
             return super().forward(*args, **kwargs)

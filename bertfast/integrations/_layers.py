@@ -25,6 +25,7 @@ from bertfast.integrations._packing import Packing, pad, places, sequences
 from bertfast.model.base import draw_seed
 from bertfast.model.plain import is_plain, is_plain_norm, is_plain_table
 from bertfast.ops._checks import check_shape
+from bertfast.ops._recorders import values_are_hidden
 
 # The class of an activation module and what it is to ops.gelu; others are called as they are.
 _APPROXIMATIONS = {
@@ -90,18 +91,16 @@ class Accelerated(nn.Module):
         return _unpickled, (type(self).accelerated_from,), self.__getstate__()
 
 
-def is_transformed(model: nn.Module) -> bool:
+def needs_whole_rows(model: nn.Module) -> bool:
     """Whether somebody records what is computed, or computes it for each example alone.
 
     torch.func's transforms and opacus's hooks expect an example in every row, not a token.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or values_are_hidden():
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "opacus" not in sys.modules:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return "opacus" in sys.modules and any(hasattr(p, "grad_sample") for p in model.parameters())
+    return any(hasattr(p, "grad_sample") for p in model.parameters())
 
 
 def _unpickled(cls: type[nn.Module]) -> nn.Module:
@@ -138,7 +137,7 @@ class AcceleratedModel(Accelerated):
             or asked["output_hidden_states"] not in (None, False, True)
             or (mask is not None and mask.dim() != 2)
             or any(call.get(name) is not None for name in _OTHER_WAYS)
-            or is_transformed(self)
+            or needs_whole_rows(self)
             or not self._is_accelerated()
         ):
             return None

@@ -67,7 +67,9 @@ class PrepackedLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _packed(self, weight: Tensor, rows: int) -> Tensor | None:
-        seen = self._seen.setdefault(id(weight), _Weight(weight))
+        seen = self._seen.get(id(weight))
+        if seen is None:
+            seen = self._seen[id(weight)] = _Weight(weight)
         seen.rows += rows
         if seen.packed is None and seen.rows >= WORTH:
             seen.packed = _pack(weight)

@@ -293,11 +293,20 @@ def test_a_mask_that_was_copied_is_packed_again():
     assert made.to("cpu", dtype=torch.bool) is made
     assert torch.equal(attention(module, q, k, v, copy.deepcopy(made))[0], expected)
     moved = made.to(torch.uint8)
-    assert moved.packing is None
+    assert moved is not made
     assert torch.equal(attention(module, q, k, v, moved)[0], expected)
+    # The pattern is the mask's, and a module need not say it.
+    assert torch.equal(attention(nn.Identity(), q, k, v, moved)[0], expected)
     # And one that was made for other queries.
     q = q[:, :, :2]
-    assert torch.equal(attention(module, q, k, v, made)[0], expected[:, :2])
+    assert torch.equal(attention(nn.Identity(), q, k, v, made)[0], expected[:, :2])
+
+
+def test_a_mask_of_other_keys_is_refused():
+    q, k, v = qkv(keys=6)
+    made = mask(3, 6, 4, mask_function=masking.bidirectional_mask_function)
+    with pytest.raises(ValueError, match=r"^attention_mask: expected shape \(3, 6\), got \(3, 4\)"):
+        attention(nn.Identity(), q, k, v, made)
 
 
 def test_a_static_caches_free_places_are_not_seen():
@@ -305,9 +314,10 @@ def test_a_static_caches_free_places_are_not_seen():
     k[:, :, 4:], v[:, :, 4:] = float("nan"), float("nan")
     padding = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]]).bool()
     made = mask(3, 2, 6, q_offset=2, attention_mask=padding)
-    out = attention(nn.Identity(), q, k, v, made)[0]
     expected = eager(q, k[:, :, :4], v[:, :, :4], padding, True, 8**-0.5)
-    torch.testing.assert_close(out, expected * padding[:, 2:, None, None])
+    for given in (made, made.to(torch.int64)):
+        out = attention(nn.Identity(), q, k, v, given)[0]
+        torch.testing.assert_close(out, expected * padding[:, 2:, None, None])
 
 
 # Bad input
