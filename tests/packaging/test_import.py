@@ -11,8 +11,14 @@ import pytest
 import torch
 
 from bertfast import _cpu
+from bertfast.data import builtin_documents, save_tokenizer, train_vocab
 
 from .conftest import run
+
+# What takes as long to import as torch does.
+HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
+if torch.version.cuda is None:  # Triton's kernels are imported where they may run
+    HEAVY.add("triton")
 
 
 def evaluate(code: str, tmp_path: Path, **environment: str) -> object:
@@ -56,10 +62,27 @@ def test_a_model_class_costs_little_beside_torch(tmp_path: Path) -> None:
         TRITON_INTERPRET="0",
     )
     assert "bertfast.model.bert" in loaded
-    heavy = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
-    if torch.version.cuda is None:  # Triton's kernels are imported where they may run
-        heavy.add("triton")
-    assert heavy & set(loaded) == set()
+    assert HEAVY & set(loaded) == set()
+
+
+def test_a_verb_costs_little_beside_torch(tmp_path: Path) -> None:
+    """Reading a checkpoint, saving it, another vocabulary and a prediction import nothing heavy."""
+    tokenizer = train_vocab(builtin_documents()[:3], 300)
+    save_tokenizer(tokenizer, tmp_path, max_length=16)
+    sizes = f"vocab_size={tokenizer.get_vocab_size()}, hidden_size=8, num_hidden_layers=1, "
+    sizes += "num_attention_heads=1, intermediate_size=8"
+    loaded = evaluate(
+        "import json, sys, bertfast\n"
+        "from bertfast.cli import main\n"
+        f"bertfast.BertModel(bertfast.BertConfig({sizes})).save_pretrained('.')\n"
+        "assert main(['embed', '--model', '.', 'Names refer to objects.']) == 0\n"
+        "bertfast.BertModel.from_pretrained('.').resize_token_embeddings(400)\n"
+        "print(json.dumps(sorted(sys.modules)))",
+        tmp_path,
+        TRITON_INTERPRET="0",
+    )
+    assert "bertfast.tasks.embed" in loaded
+    assert HEAVY & set(loaded) == set()
 
 
 # A process for each would take a minute; a fork of one that has what is not ours takes no time.
