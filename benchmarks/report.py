@@ -89,6 +89,10 @@ def times(ours: Row, theirs: Row | None) -> str:
     return "" if theirs is None else f"{theirs['seconds'] / ours['seconds']:.1f}×"
 
 
+def ratio(ours: Row, theirs: Row) -> float:
+    return float(ours["seconds"] / theirs["seconds"])
+
+
 def rate(row: Row, rows: list[Row]) -> list[str]:
     """GFLOP/s or GB/s, and the share of what this machine reaches."""
     if "flops" in row:
@@ -227,6 +231,20 @@ def accelerated_section(rows: list[Row]) -> list[str]:
     ]
 
 
+def startup_section(rows: list[Row]) -> list[str]:
+    """Whole processes from start to end, where they were measured."""
+    lines = [
+        [ours["case"], *map(milliseconds, (ours, theirs)), f"{ratio(ours, theirs):.2f}"]
+        for ours, theirs in (
+            (group["bertfast"], group["torch"]) for group in by_group(rows, "start-up ").values()
+        )
+    ]
+    if not lines:
+        return []
+    title = "**Start-up**, whole processes: a model class, and all-MiniLM-L6-v2 on one text"
+    return [title, table(["process", "bertfast", "torch alone", "of it"], lines)]
+
+
 def report(data: dict[str, Any], source: str) -> str:
     """The Markdown between the README's markers."""
     rows = rows_of(data)
@@ -249,6 +267,7 @@ def report(data: dict[str, Any], source: str) -> str:
             "**BERT-base inference**, the same weights and the same padded batch",
             model_table(rows, "inference", TRANSFORMERS),
             *embed_section(rows),
+            *startup_section(rows),
             "**Outside the matrix products**, where kernels can help: the same forward without the "
             "time inside `F.linear`'s products",
             model_table(rows, "outside gemm", TRANSFORMERS),
@@ -286,11 +305,11 @@ def main() -> None:
     data = load(arguments.json)
     if arguments.slim:
         arguments.slim.write_text(json.dumps(slim(data), indent=1, sort_keys=True) + "\n")
-    text = report(data, arguments.json.as_posix())
     if arguments.readme:
+        text = report(data, arguments.json.as_posix())
         arguments.readme.write_text(insert(arguments.readme.read_text(), text))
     elif not arguments.slim:
-        print(text)
+        print(report(data, arguments.json.as_posix()))
 
 
 if __name__ == "__main__":

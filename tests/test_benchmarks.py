@@ -45,6 +45,8 @@ def data():
     about = {"case": "2000 texts", "dtype": "float32", "tokens": 640, "padded_tokens": 1024}
     for times, name in ((1, "bertfast"), (4, "transformers"), (2, "sentence-transformers")):
         benchmarks.append(entry("embed texts float32", name, times, **about))
+    for times, name in ((1.5, "bertfast"), (2, "torch")):
+        benchmarks.append(entry("start-up embed", name, times, case="a verb"))
     about = {"case": "8x128", "dtype": "float32"}
     for times, name in ((1, "bertfast"), (2, "transformers"), (0.5, "no_logits")):
         benchmarks.append(entry("accelerated step 8x128 float32", name, times, **about))
@@ -75,6 +77,7 @@ def test_the_report_of_a_small_file(data):
     assert embedded in lines
     accelerated = "| 8x128, float32 | 2000 ms |  |  | 1000 ms | 2.0× | 500 ms | 4.0× |"
     assert accelerated in lines
+    assert "| a verb | 1500 ms | 2000 ms | 0.75 |" in lines
     attention = "| 4x512 p0.1 bfloat16 | 1000 ms | 2.0× | 3.0× | 4.0× | 100 GFLOP/s | 25% of linear"
     assert any(line.startswith(attention) and "| 2 / 2 MB | 2.0× |" in line for line in lines)
     kernel = "cross_entropy forward+backward 1024x768x30522 bfloat16-mixed"

@@ -126,7 +126,8 @@ def _of_its_own(name):
     report = _report()
     (source,) = (ROOT / "benchmarks" / "results").glob(f"{name}-cpu-*.json")
     rows = report.rows_of(report.load(source))
-    for text in report.embed_section(rows) + report.accelerated_section(rows):
+    sections = (report.embed_section, report.startup_section, report.accelerated_section)
+    for text in [text for section in sections for text in section(rows)]:
         assert text in README
     return report, rows
 
@@ -137,6 +138,18 @@ def test_the_committed_figures_of_embedding():
     ours = group["bertfast"]["seconds"]
     assert group["transformers"]["seconds"] >= 3 * ours
     assert group["sentence-transformers"]["seconds"] >= 1.5 * ours
+
+
+def test_the_committed_figures_of_starting():
+    """A model class beside torch alone; a verb on one text beside torch and the weights."""
+    report, rows = _of_its_own("startup")
+    ratios = {
+        name: report.ratio(group["bertfast"], group["torch"])
+        for name, group in report.by_group(rows, "start-up ").items()
+    }
+    assert ratios.keys() == {"start-up import", "start-up embed"}
+    assert ratios["start-up import"] <= 1.15
+    assert ratios["start-up embed"] <= 1.5
 
 
 def test_the_committed_figures_inside_transformers():

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from bertfast import __version__
 from bertfast.cli import predict
 from bertfast.cli.arguments import integer, number
+from bertfast.cli.imports import load_torch
 
 # What says of itself what is wrong: our own errors, Python's on files, memory and packages, and
 # torch's, which are RuntimeErrors, on what this CPU, this GPU or this build of it cannot do.
@@ -194,6 +195,7 @@ def _add_env(verbs: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    load_torch()
     from bertfast.allocator import keep_freed_memory
     from bertfast.demo import DemoSettings, run
 
@@ -214,6 +216,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    load_torch()
     import torch
 
     from bertfast.convert import ConvertSettings, convert, render

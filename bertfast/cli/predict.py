@@ -10,6 +10,7 @@ from typing import Any
 
 from bertfast.cli.arguments import integer, number
 from bertfast.cli.files import JSON_LINES, Fields, Record, read_arguments, read_file, writing
+from bertfast.cli.imports import load_torch
 from bertfast.errors import InputError
 
 MANY = 10**9
@@ -346,6 +347,7 @@ def _start(
     else:
         records = read_file(arguments.input or "-", fields, arguments.format)
 
+    load_torch()
     import torch
 
     from bertfast import tasks

@@ -18,6 +18,7 @@ from bertfast.model.keywords import (
     switch,
 )
 from bertfast.model.plain import is_plain
+from bertfast.model.shapes import on_meta
 
 if TYPE_CHECKING:
     from bertfast.model.bert import BertModel
@@ -289,7 +290,8 @@ class BertPreTrainedModel(nn.Module):
         count = -(-new_num_tokens // multiple) * multiple
         config = self.config.replace(vocab_size=count)
 
-        new = nn.Embedding(count, config.hidden_size, old.padding_idx, device="meta")
+        with on_meta():
+            new = nn.Embedding(count, config.hidden_size, old.padding_idx)
         new.weight = self._resized("word_embeddings.weight", old.weight, count, mean_resizing)
         self.set_input_embeddings(new)
         if decoder is not None:

@@ -36,6 +36,7 @@ from bertfast.model.bert import BertModel
 from bertfast.model.config import UNSUPPORTED, BertConfig
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
 from bertfast.model.keywords import FROM_PRETRAINED, check_off, switch
+from bertfast.model.shapes import on_meta
 from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
 
 BODY = ("embeddings.", "encoder.", "pooler.")
@@ -145,7 +146,7 @@ def build(
         options.setdefault("add_pooling_layer", False)
 
     # On the meta device a model costs no memory, so shapes are compared before any is allocated.
-    with torch.device("meta"):
+    with on_meta():
         model = cls(config, **options)
     weights, stored_names = _canonical(source, model, ignore)
     chosen = given or "max_position_embeddings" in overrides
@@ -544,7 +545,7 @@ WAYS_OUT = (
 def _check_savable(model: BertPreTrainedModel) -> None:
     """Refuse a model that :func:`load` would refuse after it was written."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             plain = type(model)(model.config)
     except TypeError:  # a class of somebody's own, with arguments that only they know
         return

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertfast import _cpu
+from bertfast import BertConfig, BertModel, _cpu
+from bertfast.data import builtin_documents, save_tokenizer, train_vocab
 
 from .conftest import run
+
+# What takes as long to import as torch does.
+HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
+if torch.version.cuda is None:  # Triton's kernels are imported where they may run
+    HEAVY.add("triton")
 
 
 def evaluate(code: str, tmp_path: Path, **environment: str) -> object:
@@ -56,10 +62,39 @@ def test_a_model_class_costs_little_beside_torch(tmp_path: Path) -> None:
         TRITON_INTERPRET="0",
     )
     assert "bertfast.model.bert" in loaded
-    heavy = {"torch._dynamo", "torch._inductor", "sympy", "transformers"}
-    if torch.version.cuda is None:  # Triton's kernels are imported where they may run
-        heavy.add("triton")
-    assert heavy & set(loaded) == set()
+    assert HEAVY & set(loaded) == set()
+
+
+def test_a_verb_costs_little_beside_torch(tmp_path: Path) -> None:
+    """A prediction, reading and saving a checkpoint and another vocabulary import nothing heavy,
+    and the garbage collector does not walk what torch is made of."""
+    tokenizer = train_vocab(builtin_documents()[:3], 300)
+    save_tokenizer(tokenizer, tmp_path, max_length=16)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    loaded, collects, frozen, seen = evaluate(
+        "import gc, json, sys\n"
+        "from bertfast.cli import main\n"
+        "assert main(['embed', '--model', '.', 'Names refer to objects.']) == 0\n"
+        "collector = gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects())\n"
+        "import bertfast\n"
+        "model = bertfast.BertModel.from_pretrained('.')\n"
+        "model.resize_token_embeddings(400)\n"
+        "model.save_pretrained('again')\n"
+        "print(json.dumps([sorted(sys.modules), *collector]))",
+        tmp_path,
+        TRITON_INTERPRET="0",
+    )
+    assert "bertfast.tasks.embed" in loaded
+    assert HEAVY & set(loaded) == set()
+    assert collects is True
+    assert frozen > seen
 
 
 # A process for each would take a minute; a fork of one that has what is not ours takes no time.
