@@ -166,6 +166,53 @@ def test_assigned_labels_and_numbers_go_along():
         config.num_labels = "3"
 
 
+def test_names_and_ids_of_labels_are_inverse():
+    made_up = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert BertConfig(num_labels=3, label2id={"a": 0, "b": 1}).to_dict()["label2id"] == made_up
+    config = BertConfig(label2id={"b": 1, "a": 0})
+    assert (config.num_labels, config.id2label) == (2, {0: "a", 1: "b"})
+    for stale in ({"x": 0}, {"a": 1, "b": 0}, {}, made_up):
+        assert BertConfig(id2label={0: "a", 1: "b"}, label2id=stale) == config
+    config.label2id = {"a": 0, "b": "2", "c": 1}
+    assert (config.num_labels, config.id2label) == (3, {0: "a", 1: "c", 2: "b"})
+    assert config.label2id == {"a": 0, "c": 1, "b": 2}
+    assert BertConfig(num_labels=5).replace(label2id={"a": 0}).id2label == {0: "a"}
+    same = BertConfig(id2label={0: "a", 1: "a"})
+    assert BertConfig.from_dict(same.to_dict()) == same
+    for ids in ({"a": 0, "b": 0}, {"a": 0, "b": 2}, {"a": 0.0}, {"a": None}):
+        with pytest.raises(ValueError, match=r"^label2id: expected (the v|integers as v)"):
+            BertConfig(label2id=ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in INTEGERS for value in (-1, "3", None)),
+        *((name, value) for name in NUMBERS for value in (-0.5, "0.1")),
+        ("id2label", {0: "a", 2: "b"}), ("id2label", None), ("id2label", [0]),
+        ("label2id", {"a": 0, "b": 0}), ("label2id", None), ("label2id", {}),
+        ("hidden_act", "swish"), ("problem_type", "ranking"), ("pad_token_id", -1),
+        ("tie_word_embeddings", None), ("output_hidden_states", "no"), ("return_dict", 1),
+        ("extra", []), ("extra", {"is_decoder": True}), ("is_decoder", True),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_not_assigned(name, value):
+    config = BertConfig(num_labels=3)
+    with pytest.raises((TypeError, ValueError), match=f"^{name if name != 'extra' else ''}"):
+        setattr(config, name, value)
+    assert config == BertConfig(num_labels=3)
+    assert not hasattr(config, "is_decoder")
+    config.validate()
+
+
+def test_an_assigned_value_is_as_a_given_one():
+    config = BertConfig(output_attentions=True)
+    config.output_attentions = None
+    config.hidden_dropout_prob = 0
+    config.classifier_dropout = config.pad_token_id = None
+    assert repr(config) == repr(BertConfig(hidden_dropout_prob=0.0, pad_token_id=None))
+
+
 def test_an_assigned_feature_is_refused_as_a_given_one():
     config = BertConfig()
     config.is_decoder = False
