@@ -24,9 +24,12 @@ MAX_LABELS = 10**6
 MAX_HEAD_SIZE = 256
 MAX_JSON_BYTES = 2**26
 
-# Features of Hugging Face's BERT that compute something else than this package does, each with
-# the values that leave it off. Reading over them silently would give wrong outputs.
-UNSUPPORTED = {
+_LAYER_NORM = ("layer_norm", "layernorm", "LayerNorm", None)
+
+# Features of Hugging Face's BERT, and of models that are written as if they were one, that compute
+# something else than this package does, each with the values that leave it off. Reading over them
+# silently would give wrong outputs. Keys that are in none of these lists are notes.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -34,6 +37,45 @@ UNSUPPORTED = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
     "torchscript": (False, None),
+    # Which tokens are attended to, and how.
+    **dict.fromkeys(
+        ("is_causal", "causal", "use_sliding_window", "relative_attention", "rotary_value",
+         "use_rotary_embeddings", "use_rope", "alibi", "use_alibi", "use_qk_norm", "qk_norm",
+         "qk_layernorm", "scale_attn_by_inverse_layer_idx"), (False, None),
+    ),
+    **dict.fromkeys(
+        ("sliding_window", "attention_window", "local_attention", "global_attn_every_n_layers",
+         "rope_theta", "rope_scaling", "rope_parameters", "alibi_starting_size",
+         "attn_logit_softcapping"), (None,),
+    ),
+    **dict.fromkeys(("rotary_emb_fraction", "rotary_pct"), (0, None)),
+    "attention_type": ("original_full", None),
+    "scale_attn_weights": (True, None),
+    # What a layer is made of.
+    **dict.fromkeys(("norm_type", "layer_norm_type", "normalization_type"), _LAYER_NORM),
+    **dict.fromkeys(
+        ("use_rms_norm", "prenorm", "pre_norm", "norm_first", "normalize_before",
+         "encoder_normalize_before", "do_layer_norm_before", "parallel_block", "parallel_attn",
+         "parallel_attention", "use_parallel_residual", "use_bottleneck", "trigram_input",
+         "token_dropout"), (False, None),
+    ),
+    **dict.fromkeys(
+        ("qkv_proj_bias", "attention_bias", "mlp_bias", "mlp_fc1_bias", "mlp_fc2_bias",
+         "use_bias"), (True, None),
+    ),
+    "activation_function": ("gelu", None),
+    "feed_forward_type": ("original", None),
+    **dict.fromkeys(("num_experts", "moe_every_n_layers", "num_hidden_groups"), (0, None)),
+    # A model of its authors' own code; see _check_extra.
+    "auto_map": ({}, None),
+}  # fmt: skip
+
+# Other models have these apart from the attribute that is named; in a BERT they are the same.
+SAME = {
+    "embedding_size": ("hidden_size", "no projection between its word vectors and its layers"),
+    "num_key_value_heads": ("num_attention_heads", "keys and values of its own for each head"),
+    "head_dim": ("head_size", "heads that together are as wide as a layer"),
+    "layer_norm_epsilon": ("layer_norm_eps", "one epsilon"),
 }
 
 # The bounds of fields that are numbers.
@@ -91,7 +133,8 @@ class BertConfig:
             number of labels and their dtype.
         output_hidden_states, output_attentions, return_dict: what a model returns where the call
             does not say; as arguments of ``BertModel.forward``.
-        extra: what else ``config.json`` held, kept so that it is written back.
+        extra: what else ``config.json`` held, kept so that it is written back: notes, which
+            change nothing. What is known to change a model's outputs is refused.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -186,6 +229,13 @@ class BertConfig:
                 f"num_attention_heads: expected heads at most {MAX_HEAD_SIZE} wide, got "
                 f"hidden_size {self.hidden_size} / {self.num_attention_heads} = {self.head_size}"
             )
+        for name, (field_name, why) in SAME.items():
+            value, expected = self.extra.get(name), getattr(self, field_name)
+            if value is not None and value != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} as {field_name}, got {shown(value)}: BERT has "
+                    f"{why}"
+                )
         if self.num_parameters() > MAX_PARAMETERS:
             raise ValueError(
                 f"config: its sizes make {self.num_parameters():,} parameters, more than the "
@@ -380,9 +430,13 @@ def _check_extra(extra: Any) -> None:
     if not isinstance(extra, dict):
         raise TypeError(f"extra: expected a dict, got {shown(extra)}")
     for name, off in UNSUPPORTED.items():
-        if name in extra and not any(extra[name] is v or extra[name] == v for v in off):
+        value = extra.get(name)
+        if name == "auto_map" and isinstance(value, dict):
+            # A tokenizer's or a config's class does not compute.
+            value = {key: code for key, code in value.items() if str(key).startswith("AutoModel")}
+        if not any(value is v or value == v for v in off):
             expected = " or ".join(repr(value) for value in off)
             raise ValueError(
-                f"{name}: expected {expected}, got {shown(extra[name])}; "
+                f"{name}: expected {expected}, got {shown(value)}; "
                 "bertfast does not have this feature"
             )

@@ -178,14 +178,8 @@ def bert_config(values: Any) -> tuple[Family, BertConfig]:
     values = {**family.defaults, **values, "model_type": "bert"}
     if not family.has_token_types:
         values["type_vocab_size"] = 1
-    narrow = values.pop("embedding_size", None)
-    hidden = values.get("hidden_size")
-    if narrow not in (None, hidden):
-        raise ValueError(
-            f"embedding_size: expected {hidden} as hidden_size, got {str(narrow)[:60]}: BERT "
-            "has no projection between its word vectors and its layers"
-        )
     config = BertConfig.from_dict(values)
+    config.extra.pop("embedding_size", None)  # the hidden_size, as was checked
     if family.positions_after_padding:
         if config.pad_token_id is None:
             raise ValueError("pad_token_id: expected an integer, which positions start from")

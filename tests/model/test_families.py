@@ -169,7 +169,7 @@ def test_distilbert_has_a_type_table_of_zeros(tmp_path):
         ("Electra", "ForMultipleChoice", {}, "BertForMultipleChoice",
          r"got sequence_summary\.summary\.\w+: ELECTRA's multiple choice has a GELU"),
         ("Electra", "Model", {"embedding_size": 16}, "BertModel",
-         r"config\.json: embedding_size: expected 24 as hidden_size, got 16: BERT has no projecti"),
+         r"config\.json: embedding_size: expected 24 as hidden_size, got int 16: BERT has no p"),
         ("Electra", "ForMaskedLM", {"hidden_act": "relu"}, "BertForMaskedLM",
          r"expected hidden_act 'gelu', got 'relu': the masked-LM head of this architecture has th"),
         ("Roberta", "ForMaskedLM", {"hidden_act": "gelu_new"}, "BertForMaskedLM",
@@ -195,7 +195,7 @@ def test_what_differs_beyond_names_is_refused(family, head, changes, name, messa
         ({"model_type": "new"}, r"got 'new': it is not known to compute what BERT computes"),
         ({"model_type": None}, r"model_type: expected one of bert, roberta, .*, got 'None'"),
         ({"model_type": ["bert"]}, r"model_type: expected one of bert, roberta"),
-        ({"model_type": "electra"}, r"embedding_size: expected 256 as hidden_size, got 128"),
+        ({"model_type": "electra"}, r"embedding_size: expected 256 as hidden_size, got int 128"),
         ({"model_type": "electra", "embedding_size": [1]}, r"embedding_size: expected 256"),
         ({"model_type": "roberta", "pad_token_id": None}, r"pad_token_id: expected an integer, wh"),
         (
