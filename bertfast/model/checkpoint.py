@@ -35,7 +35,7 @@ from bertfast.model.base import BertPreTrainedModel, init_parameter
 from bertfast.model.bert import BertModel
 from bertfast.model.config import UNSUPPORTED, BertConfig
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
-from bertfast.model.keywords import FROM_PRETRAINED, check_off, switch
+from bertfast.model.keywords import FROM_PRETRAINED, NOTES, check_off, switch
 from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
 
 BODY = ("embeddings.", "encoder.", "pooler.")
@@ -94,7 +94,8 @@ def load(
         ignore: patterns of stored tensors to leave out; see :func:`ignored`.
         ignore_mismatched_sizes: parameters of another shape than stored are drawn anew, with a
             warning.
-        use_safetensors: True wants ``model.safetensors``, in shards or not.
+        use_safetensors: True wants ``model.safetensors``, in shards or not; False does where there
+            is no ``pytorch_model.bin``.
         hub: ``revision``, ``local_files_only``, ``token``, ``cache_dir``; see
             :func:`bertfast.model.sources.locate`.
 
@@ -105,12 +106,11 @@ def load(
     dtype = checked_dtype(dtype)
     device = _device(device)
     for name, value in (("fresh_heads", fresh_heads),
-                        ("ignore_mismatched_sizes", ignore_mismatched_sizes)):  # fmt: skip
+                        ("ignore_mismatched_sizes", ignore_mismatched_sizes),
+                        ("use_safetensors", use_safetensors)):  # fmt: skip
         switch(name, value, False)
-    if use_safetensors not in (None, True):
-        raise ValueError(f"use_safetensors: expected None or True, got {use_safetensors!r}")
     options = _known(cls, options or {})
-    source = open_source(path, config, **hub)
+    source = open_source(path, config, pickles_first=use_safetensors is False, **hub)
     if use_safetensors and ".safetensors" not in source.file.name:
         raise CheckpointError(
             f"{source.file.parent}: expected {SAFETENSORS}, as use_safetensors says, got "
@@ -139,8 +139,9 @@ def build(
     config = source.config
     options = dict(options or {})
     overrides = {name: options.pop(name) for name in list(options) if name in FIELDS}
-    if overrides:
-        config = config.replace(**overrides)
+    notes = {name: options.pop(name) for name in list(options) if name in NOTES}
+    if overrides or notes:
+        config = config.replace(**overrides, extra={**config.extra, **notes})
     if cls is BertModel and not source.family.has_pooler:
         options.setdefault("add_pooling_layer", False)
 
@@ -198,13 +199,13 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _known(cls: type[BertPreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
     """Those of ``from_pretrained``'s other keywords that mean something; the rest must not."""
     own = inspect.signature(cls.__init__).parameters.keys() - {"self", "config"}
-    given = {name: value for name, value in options.items() if name in FIELDS | own}
+    given = {name: value for name, value in options.items() if name in FIELDS | NOTES | own}
     others = {name: value for name, value in options.items() if name not in given}
     check_off(
         f"{cls.__name__}.from_pretrained",
         others,
         UNSUPPORTED | FROM_PRETRAINED,
-        " or a field of its config",
+        " or a field of BertConfig",
     )
     return given
 

@@ -52,7 +52,12 @@ class Source(NamedTuple):
 
 
 def open_source(
-    path: str | os.PathLike[str], config: Any = None, revision: str | None = None, **hub: Any
+    path: str | os.PathLike[str],
+    config: Any = None,
+    revision: str | None = None,
+    *,
+    pickles_first: bool = False,
+    **hub: Any,
 ) -> Source:
     """Find the checkpoint that ``path`` means, and its config unless one is given.
 
@@ -60,6 +65,7 @@ def open_source(
         path: a directory, the prefix of a TensorFlow checkpoint (``…/bert_model.ckpt``), or the id
             of a model on the hub.
         config: in place of the checkpoint's, of ours or of transformers'.
+        pickles_first: whether ``pytorch_model.bin`` comes before safetensors.
         revision, hub: as :func:`locate`.
 
     Raises:
@@ -70,7 +76,8 @@ def open_source(
     place = locate(path, revision, **hub)
     if not place.is_dir():
         return _open_tensorflow(place, given and given[1])
-    for name in WEIGHT_FILES:
+    order = sorted(WEIGHT_FILES, key=lambda name: pickles_first and ".safetensors" in name)
+    for name in order:
         file = place / name
         if file.is_file():
             family, config = given or _read_config(place / CONFIG)

@@ -120,8 +120,8 @@ def test_keywords_with_a_meaning(saved):
         ({"is_decoder": True}, ValueError, "is_decoder: expected False or None, got bool True"),
         ({"output_loading_info": True}, ValueError, "output_loading_info: expected None or False"),
         ({"hiden_size": 3}, TypeError,
-         "hiden_size: expected a keyword of BertForMaskedLM.from_pretrained or a field of its "
-         "config, got int 3"),
+         "hiden_size: expected a keyword of BertForMaskedLM.from_pretrained or a field of "
+         "BertConfig, got int 3"),
         ({"add_pooling_layer": True}, TypeError, "add_pooling_layer: expected a keyword of"),
         ({"output_hidden_states": [0]}, TypeError, "output_hidden_states: expected true or false"),
         ({"dtype": "float8"}, ValueError, "dtype: expected one of torch.float32"),
@@ -131,7 +131,11 @@ def test_keywords_with_a_meaning(saved):
         ({"device_map": {"bert": 0, "cls": 1}}, ValueError, "device_map: expected one device"),
         ({"ignore_mismatched_sizes": "yes"}, TypeError, "ignore_mismatched_sizes: expected True"),
         ({"fresh_heads": 0}, TypeError, "fresh_heads: expected True, False or None, got int 0"),
-        ({"use_safetensors": False}, ValueError, "use_safetensors: expected None or True"),
+        ({"use_safetensors": 0}, TypeError, "use_safetensors: expected True, False or None"),
+        ({"use_cache": True}, ValueError, "use_cache: expected None or False, got bool True"),
+        ({"gradient_checkpointing": True}, ValueError, "gradient_checkpointing: expected None or"),
+        ({"chunk_size_feed_forward": 8}, ValueError, "chunk_size_feed_forward: expected None or 0"),
+        ({"sliding_window": 8}, ValueError, "sliding_window: expected None, got int 8"),
         ({"ignore": "cls.*"}, TypeError, "ignore: expected a list of patterns, got str"),
         ({"ignore": [b"x"]}, TypeError, "ignore: expected strings, got bytes"),
     ],
@@ -139,6 +143,31 @@ def test_keywords_with_a_meaning(saved):
 def test_keywords_that_ask_for_something_else(keywords, error, message, saved):
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         bertfast.BertForMaskedLM.from_pretrained(saved, **keywords)
+
+
+def test_keywords_that_change_nothing(saved):
+    change_config(saved, use_cache=True)
+    load = bertfast.BertForMaskedLM.from_pretrained
+    model = load(
+        saved, use_cache=False, gradient_checkpointing=False, chunk_size_feed_forward=0,
+        finetuning_task="x", architectures=["BertModel"], _from_auto=True, _fast_init=False,
+        force_download=True, resume_download=True, use_safetensors=False, is_causal=False,
+    )  # fmt: skip
+    assert same(model, load(saved))
+    assert model.config.extra["finetuning_task"] == "x"
+    model.save_pretrained(saved)
+    values = json.loads((saved / "config.json").read_text())
+    assert values["architectures"] == ["BertForMaskedLM"]
+    assert values["finetuning_task"] == "x"
+
+
+def test_no_safetensors_where_there_are_pickles(saved):
+    state = load_file(saved / "model.safetensors")
+    torch.save({name: value + 1 for name, value in state.items()}, saved / "pytorch_model.bin")
+    load = bertfast.BertForMaskedLM.from_pretrained
+    for wish, shift in ((None, 0), (True, 0), (False, 1)):
+        table = load(saved, use_safetensors=wish).get_input_embeddings().weight
+        assert table.equal(state["bert.embeddings.word_embeddings.weight"] + shift)
 
 
 def test_safetensors_or_nothing(saved):
