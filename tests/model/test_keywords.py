@@ -214,7 +214,8 @@ def test_tensors_beyond_the_model(saved):
     load = bertfast.BertForMaskedLM.from_pretrained
     with pytest.raises(
         CheckpointError,
-        match=r"expected bert\.embeddings\.chains in one of .*, got torch\.int64; ignore= in",
+        match=r"unexpected: bert\.embeddings\.chains of torch\.int64, cls\.species\.bias, "
+        r"cls\.species\.weight \(ignore= in from_pretrained",
     ):
         load(saved)
     with pytest.raises(
@@ -232,6 +233,20 @@ def test_tensors_beyond_the_model(saved):
             load(saved, ignore=["cls.species.*", "*.chains", pattern])
     with pytest.raises(ValueError, match=r"^ignore: .*got 'cls\.specie', which none of its"):
         load(saved, ignore=["cls.specie"])
+
+
+def test_integers_are_no_weights_under_any_name(saved):
+    plain = bertfast.BertModel.from_pretrained(saved, dtype="float16", add_pooling_layer=False)
+    plain.save_pretrained(saved)
+    add_tensors(saved, **{"cls.predictions.bias": torch.arange(37)})
+    again = bertfast.BertModel.from_pretrained(saved, add_pooling_layer=False)
+    assert again.dtype == torch.float16
+    for name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        plain.save_pretrained(saved)
+        add_tensors(saved, **{name: torch.arange(37)})
+        message = rf"expected {re.escape(name)} in one of .*, got torch\.int64$"
+        with pytest.raises(CheckpointError, match=message):
+            bertfast.BertForMaskedLM.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
