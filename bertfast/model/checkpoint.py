@@ -30,13 +30,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.base import BertPreTrainedModel, init_parameter
 from bertfast.model.bert import BertModel
 from bertfast.model.config import UNSUPPORTED, BertConfig
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
 from bertfast.model.keywords import FROM_PRETRAINED, NOTES, check_off, switch
-from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
+from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source
 
 BODY = ("embeddings.", "encoder.", "pooler.")
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")

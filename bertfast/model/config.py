@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, shown
 
 # Hugging Face's names for the GELU by erf and for its approximation by tanh.
 ERF = ("gelu", "gelu_python")
@@ -352,13 +352,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(
             f"{name}: expected JSON, got {len(data)} bytes starting {start!r} ({error})"
         ) from error
-
-
-def shown(value: Any) -> str:
-    """``value`` for a message: its type when it is of an odd one, and never pages of it."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{type(value).__name__} {text}"
 
 
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:

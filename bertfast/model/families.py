@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.config import BertConfig
 
 POOLER, CLASSIFIER, PREDICTIONS = "bert.pooler.", "classifier.", "cls.predictions."
@@ -170,7 +170,7 @@ def bert_config(values: Any) -> tuple[Family, BertConfig]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         reason = UNLIKE.get(model_type) if isinstance(model_type, str) else None
         raise ValueError(
-            f"model_type: expected one of {', '.join(FAMILIES)}, got {str(model_type)[:60]!r}: "
+            f"model_type: expected one of {', '.join(FAMILIES)}, got {short(model_type)}: "
             f"{reason or 'it is not known to compute what BERT computes'}"
         )
     family = FAMILIES[model_type]

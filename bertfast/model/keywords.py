@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bertfast.model.config import shown
+from bertfast.errors import shown
 
 # What ``forward`` takes in transformers, with the values that change nothing.
 FORWARD: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.config import MAX_LABELS, BertConfig, read_json
 from bertfast.model.families import BERT, Family, as_config, bert_config, google_name
 from bertfast.model.tensorflow import Checkpoint, is_table
@@ -324,11 +324,6 @@ def _damaged(file: Path, expected: str, error: Exception) -> str:
         found = "something that cannot be read"
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return f"{file}: expected {expected}, got {found} ({short(reason)})"
-
-
-def short(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def listed(items: Iterable[str], separator: str = ", ", limit: int = 12) -> str:

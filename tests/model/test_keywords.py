@@ -399,3 +399,21 @@ def test_adapters_of_peft(tiny_config, tmp_path):
         model.save_pretrained(tmp_path)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.ones(2, 2), "Tensor of shape (2, 2)"),
+        (torch.ones(3).numpy(), "ndarray of shape (3,)"),
+        (torch.tensor(1.0), "Tensor tensor(1.)"),
+        ([torch.ones(2, 2)], "list [tensor([[1., 1.], [1., 1.]])]"),
+        ("a  b\n", r"str 'a  b\n'"),
+        (list(range(50)), "list [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, "
+         "19, 20, 21..."),
+    ],
+)  # fmt: skip
+def test_a_refused_value_is_shown_in_one_line(value, text, tiny_config):
+    model = bertfast.BertModel(tiny_config())
+    with pytest.raises(ValueError, match=rf"^head_mask: expected None, got {re.escape(text)}; b"):
+        model(IDS, head_mask=value)
