@@ -11,7 +11,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.config import read_json
 
 
@@ -26,7 +26,7 @@ class Settings:
 
     def __init__(self, file: Path, values: Any) -> None:
         if not isinstance(values, dict):
-            raise CheckpointError(f"{file}: expected a JSON object, got {_short(values)}")
+            raise CheckpointError(f"{file}: expected a JSON object, got {short(values)}")
         self.file = file
         self._left = dict(values)
 
@@ -81,9 +81,4 @@ class Settings:
                 raise self.error(key, value, "no such setting, which may change the result")
 
     def error(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {key}: expected {expected}, got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        return CheckpointError(f"{self.file}: {key}: expected {expected}, got {short(value)}")

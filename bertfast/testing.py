@@ -204,7 +204,7 @@ def upstream_gradient(out: Tensor, layout: str, seed: int = 1) -> Tensor:
 
     def normal(*shape: int) -> Tensor:
         # Cast before it is viewed: a cast view would be contiguous again.
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        drawn = _normal(generator, *shape)
         return drawn.to(device=out.device, dtype=out.dtype)
 
     if layout == "expanded":  # stride 0, as from .sum().backward()
@@ -286,7 +286,7 @@ SEED = 0x123456789ABCDEF
 
 
 def seed_tensor(value: int = SEED) -> Tensor:
-    return torch.tensor([value], dtype=torch.int64)
+    return torch.tensor([value], dtype=torch.int64, device="cpu")
 
 
 def apply_keep_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
@@ -301,19 +301,19 @@ def apply_keep_mask(x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
 
 
 def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _laid_out(x: Tensor, layout: str) -> Tensor:
     """``x`` as a view of the given layout, surrounded by NaN where there is room. "misaligned" is
     contiguous, but starts one element behind where an allocation does."""
     if layout == "misaligned":
-        longer = torch.full((x.numel() + 1,), float("nan"), dtype=x.dtype)
+        longer = x.new_full((x.numel() + 1,), float("nan"))
         view = longer[1:].view(x.shape)
         view.copy_(x)
         return view
     if layout == "sliced":
-        wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), float("nan"), dtype=x.dtype)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))
         view = wide[..., 2 : 2 + x.shape[-1]]
         view.copy_(x)
         return view
@@ -472,7 +472,7 @@ def embedding_case(
 
     def make(generator: torch.Generator) -> Tensors:
         def random_ids(rows: int) -> Tensor:
-            drawn = torch.randint(rows, (tokens,), generator=generator)
+            drawn = torch.randint(rows, (tokens,), generator=generator, device="cpu")
             return torch.cat((drawn, drawn.new_zeros(storage)))
 
         tensors = {
@@ -525,7 +525,8 @@ def embedding_case(
 
 def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
     """int32 ``(batch + 1,)`` from the lengths of the sequences."""
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu")
+    return starts.cumsum(0, dtype=torch.int32)
 
 
 def attention_case(
@@ -642,8 +643,8 @@ def cross_entropy_case(
     """``cross_entropy`` with a share ``labelled`` of the tokens labelled."""
 
     def make(generator: torch.Generator) -> Tensors:
-        labels = torch.randint(vocabulary, (tokens,), generator=generator)
-        ignored = torch.rand(tokens, generator=generator) >= labelled
+        labels = torch.randint(vocabulary, (tokens,), generator=generator, device="cpu")
+        ignored = torch.rand(tokens, generator=generator, device="cpu") >= labelled
         tensors = {
             "hidden": _laid_out(spread * _normal(generator, tokens, columns), layout),
             "weight": _laid_out(_normal(generator, vocabulary, columns) * columns**-0.5, layout),

@@ -84,13 +84,13 @@ class BertPreTrainedModel(nn.Module):
             ignore_mismatched_sizes: parameters whose stored shape is another are drawn anew, with
                 a warning, as a classifier under another ``num_labels``.
             use_safetensors: True refuses a checkpoint that has only ``pytorch_model.bin`` or
-                TensorFlow's files.
+                TensorFlow's files; False takes the former where both are there.
             local_files_only, token, cache_dir: of the hub, as huggingface_hub takes them.
             torch_dtype, device_map: older names of ``dtype`` and, for a single one, ``device``.
             options: config fields to override (``num_labels=3``, ``output_hidden_states=True``;
                 ``max_position_embeddings=128`` cuts the position table), and the class's own
-                arguments (``add_pooling_layer=False``). transformers' other keywords are taken
-                where they ask for nothing, and else refused.
+                arguments (``add_pooling_layer=False``). transformers' other keywords, and fields
+                of its configs, are taken where they ask for nothing, and else refused.
 
         Raises:
             CheckpointError: files are missing or damaged, or do not fit the model.

@@ -30,14 +30,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.base import BertPreTrainedModel, init_parameter
 from bertfast.model.bert import BertModel
 from bertfast.model.config import UNSUPPORTED, BertConfig
 from bertfast.model.families import CLASSIFIER, POOLER, PREDICTIONS, bert_names
-from bertfast.model.keywords import FROM_PRETRAINED, check_off, switch
+from bertfast.model.keywords import FROM_PRETRAINED, NOTES, check_off, switch
 from bertfast.model.shapes import on_meta
-from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source, short
+from bertfast.model.sources import CONFIG, FLOATS, SAFETENSORS, Source, listed, open_source
 
 BODY = ("embeddings.", "encoder.", "pooler.")
 BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
@@ -95,7 +95,8 @@ def load(
         ignore: patterns of stored tensors to leave out; see :func:`ignored`.
         ignore_mismatched_sizes: parameters of another shape than stored are drawn anew, with a
             warning.
-        use_safetensors: True wants ``model.safetensors``, in shards or not.
+        use_safetensors: True wants ``model.safetensors``, in shards or not; False does where there
+            is no ``pytorch_model.bin``.
         hub: ``revision``, ``local_files_only``, ``token``, ``cache_dir``; see
             :func:`bertfast.model.sources.locate`.
 
@@ -106,12 +107,11 @@ def load(
     dtype = checked_dtype(dtype)
     device = _device(device)
     for name, value in (("fresh_heads", fresh_heads),
-                        ("ignore_mismatched_sizes", ignore_mismatched_sizes)):  # fmt: skip
+                        ("ignore_mismatched_sizes", ignore_mismatched_sizes),
+                        ("use_safetensors", use_safetensors)):  # fmt: skip
         switch(name, value, False)
-    if use_safetensors not in (None, True):
-        raise ValueError(f"use_safetensors: expected None or True, got {use_safetensors!r}")
     options = _known(cls, options or {})
-    source = open_source(path, config, **hub)
+    source = open_source(path, config, pickles_first=use_safetensors is False, **hub)
     if use_safetensors and ".safetensors" not in source.file.name:
         raise CheckpointError(
             f"{source.file.parent}: expected {SAFETENSORS}, as use_safetensors says, got "
@@ -140,8 +140,9 @@ def build(
     config = source.config
     options = dict(options or {})
     overrides = {name: options.pop(name) for name in list(options) if name in FIELDS}
-    if overrides:
-        config = config.replace(**overrides)
+    notes = {name: options.pop(name) for name in list(options) if name in NOTES}
+    if overrides or notes:
+        config = config.replace(**overrides, extra={**config.extra, **notes})
     if cls is BertModel and not source.family.has_pooler:
         options.setdefault("add_pooling_layer", False)
 
@@ -199,13 +200,13 @@ def checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def _known(cls: type[BertPreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
     """Those of ``from_pretrained``'s other keywords that mean something; the rest must not."""
     own = inspect.signature(cls.__init__).parameters.keys() - {"self", "config"}
-    given = {name: value for name, value in options.items() if name in FIELDS | own}
+    given = {name: value for name, value in options.items() if name in FIELDS | NOTES | own}
     others = {name: value for name, value in options.items() if name not in given}
     check_off(
         f"{cls.__name__}.from_pretrained",
         others,
         UNSUPPORTED | FROM_PRETRAINED,
-        " or a field of its config",
+        " or a field of BertConfig",
     )
     return given
 
@@ -271,10 +272,10 @@ def _canonical(
         if new in BUFFERS or name in left_out:
             continue
         dtype = source.tensors[name].dtype
-        if dtype not in FLOATS:
+        # Others that are no weights are told with whatever else is beyond the model.
+        if dtype not in FLOATS and TIED.get(new, new) in needed:
             raise CheckpointError(
                 f"{file}: expected {name} in one of {', '.join(map(str, FLOATS))}, got {dtype}"
-                + ("" if new in needed else f"; {WAY_ROUND}")
             )
         if new in weights:
             raise CheckpointError(f"{file}: expected one {new}, got {origin[new]} and {name}")
@@ -292,7 +293,7 @@ def parts_of(names: Iterable[str]) -> set[str]:
 
 
 def _dtype_of(weights: dict[str, Tensor]) -> torch.dtype:
-    dtypes = {weight.dtype for weight in weights.values()}
+    dtypes = {weight.dtype for weight in weights.values()}.intersection(FLOATS)
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
@@ -360,7 +361,11 @@ def _match(
     if missing:
         problems.append(f"missing: {listed(missing)}")
     if unexpected:
-        problems.append(f"unexpected: {listed(unexpected)} ({WAY_ROUND})")
+        beyond = [
+            name if weights[name].dtype in FLOATS else f"{name} of {weights[name].dtype}"
+            for name in unexpected
+        ]
+        problems.append(f"unexpected: {listed(beyond)} ({WAY_ROUND})")
     wrong = [
         f"{name} is {tuple(weights[name].shape)} where the config makes it {shape}"
         for name, shape in shapes.items()

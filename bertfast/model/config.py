@@ -1,13 +1,14 @@
 """The shape and the habits of a BERT, read from and written to Hugging Face's ``config.json``."""
 
 import json
+import operator
 import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, shown
 
 # Hugging Face's names for the GELU by erf and for its approximation by tanh.
 ERF = ("gelu", "gelu_python")
@@ -23,9 +24,12 @@ MAX_LABELS = 10**6
 MAX_HEAD_SIZE = 256
 MAX_JSON_BYTES = 2**26
 
-# Features of Hugging Face's BERT that compute something else than this package does, each with
-# the values that leave it off. Reading over them silently would give wrong outputs.
-UNSUPPORTED = {
+_LAYER_NORM = ("layer_norm", "layernorm", "LayerNorm", None)
+
+# Features of Hugging Face's BERT, and of models that are written as if they were one, that compute
+# something else than this package does, each with the values that leave it off. Reading over them
+# silently would give wrong outputs. Keys that are in none of these lists are notes.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -33,7 +37,66 @@ UNSUPPORTED = {
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
     "torchscript": (False, None),
+    # Which tokens are attended to, and how.
+    **dict.fromkeys(
+        ("is_causal", "causal", "use_sliding_window", "relative_attention", "rotary_value",
+         "use_rotary_embeddings", "use_rope", "alibi", "use_alibi", "use_qk_norm", "qk_norm",
+         "qk_layernorm", "scale_attn_by_inverse_layer_idx"), (False, None),
+    ),
+    **dict.fromkeys(
+        ("sliding_window", "attention_window", "local_attention", "global_attn_every_n_layers",
+         "rope_theta", "rope_scaling", "rope_parameters", "alibi_starting_size",
+         "attn_logit_softcapping"), (None,),
+    ),
+    **dict.fromkeys(("rotary_emb_fraction", "rotary_pct"), (0, None)),
+    "attention_type": ("original_full", None),
+    "scale_attn_weights": (True, None),
+    # What a layer is made of.
+    **dict.fromkeys(("norm_type", "layer_norm_type", "normalization_type"), _LAYER_NORM),
+    **dict.fromkeys(
+        ("use_rms_norm", "prenorm", "pre_norm", "norm_first", "normalize_before",
+         "encoder_normalize_before", "do_layer_norm_before", "parallel_block", "parallel_attn",
+         "parallel_attention", "use_parallel_residual", "use_bottleneck", "trigram_input",
+         "token_dropout"), (False, None),
+    ),
+    **dict.fromkeys(
+        ("qkv_proj_bias", "attention_bias", "mlp_bias", "mlp_fc1_bias", "mlp_fc2_bias",
+         "use_bias"), (True, None),
+    ),
+    "activation_function": ("gelu", None),
+    "feed_forward_type": ("original", None),
+    **dict.fromkeys(("num_experts", "moe_every_n_layers", "num_hidden_groups"), (0, None)),
+    # A model of its authors' own code; see _check_extra.
+    "auto_map": ({}, None),
+}  # fmt: skip
+
+# Other models have these apart from the attribute that is named; in a BERT they are the same.
+SAME = {
+    "embedding_size": ("hidden_size", "no projection between its word vectors and its layers"),
+    "num_key_value_heads": ("num_attention_heads", "keys and values of its own for each head"),
+    "head_dim": ("head_size", "heads that together are as wide as a layer"),
+    "layer_norm_epsilon": ("layer_norm_eps", "one epsilon"),
 }
+
+# The bounds of fields that are numbers.
+INTEGERS: dict[str, tuple[int, int | None]] = {
+    "vocab_size": (1, None),
+    "hidden_size": (1, None),
+    "num_hidden_layers": (0, MAX_LAYERS),
+    "num_attention_heads": (1, None),
+    "intermediate_size": (1, None),
+    "max_position_embeddings": (1, None),
+    "type_vocab_size": (1, None),
+    "num_labels": (1, MAX_LABELS),
+}
+NUMBERS = {
+    "hidden_dropout_prob": (0.0, 1.0),
+    "attention_probs_dropout_prob": (0.0, 1.0),
+    "classifier_dropout": (0.0, 1.0),
+    "initializer_range": (0.0, sys.float_info.max),
+    "layer_norm_eps": (0.0, 1.0),
+}
+LABELS = ("num_labels", "id2label", "label2id")
 
 # What a model returns by itself. ``config.json`` has them where somebody chose otherwise.
 RETURNED = {"output_hidden_states": False, "output_attentions": False, "return_dict": True}
@@ -62,14 +125,16 @@ class BertConfig:
         tie_word_embeddings: the masked-LM decoder shares the word table.
         num_labels: outputs of a classifier; None takes it from ``id2label``, or 2. Where it is
             given, or assigned later, and is not the number of names, these are made up anew.
-        id2label, label2id: names of the outputs; made up as ``LABEL_0`` … when missing. Assigning
-            ``id2label`` changes the other two along.
+        id2label, label2id: names of the outputs; made up as ``LABEL_0`` … when both are missing.
+            ``label2id`` is the inverse of ``id2label``, which has the last word where both are
+            given. Assigning one changes the others along.
         problem_type: the loss of sequence classification: ``regression``,
             ``single_label_classification``, ``multi_label_classification``; None decides by the
             number of labels and their dtype.
         output_hidden_states, output_attentions, return_dict: what a model returns where the call
             does not say; as arguments of ``BertModel.forward``.
-        extra: what else ``config.json`` held, kept so that it is written back.
+        extra: what else ``config.json`` held, kept so that it is written back: notes, which
+            change nothing. What is known to change a model's outputs is refused.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -106,27 +171,29 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         self._name_labels(self.num_labels, self.id2label, self.label2id)
-        for name, default in RETURNED.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        for f in fields(self):
+            if f.name not in LABELS:
+                setattr(self, f.name, getattr(self, f.name))
         self.validate()
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
-                     "initializer_range", "layer_norm_eps"):  # fmt: skip
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else float(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in UNSUPPORTED:
-            _check_extra({name: value})
+        # Fields are set for the first time before they are checked; ``extra`` is the last of them.
+        if "extra" in self.__dict__ or name in UNSUPPORTED:
+            value = RETURNED.get(name) if value is None and name in RETURNED else value
+            # Before anything is stored, so that what is refused leaves the config as it was.
+            _check_field(name, value)
+            if name in LABELS:
+                self._assign_labels(name, value)
+                return
+            value = float(value) if name in NUMBERS and value is not None else value
         super().__setattr__(name, value)
-        # Not while fields are set for the first time, of which ``extra`` is the last.
-        if "extra" not in self.__dict__:
-            return
-        if name == "num_labels" and value != len(self.id2label):
-            _integer("num_labels", value, 1, MAX_LABELS)
+
+    def _assign_labels(self, name: str, value: Any) -> None:
+        """Any of the three, with the other two along."""
+        if name != "num_labels":
+            self._name_labels(None, _label_names(name, value), None)
+        elif value != len(self.id2label):
             self._name_labels(value, None, None)
-        elif name == "id2label":
-            self._name_labels(None, value, None)
 
     @property
     def head_size(self) -> int:
@@ -148,14 +215,8 @@ class BertConfig:
         Raises:
             TypeError, ValueError: as the class says; the message names the field.
         """
-        _integer("vocab_size", self.vocab_size, 1)
-        _integer("hidden_size", self.hidden_size, 1)
-        _integer("num_hidden_layers", self.num_hidden_layers, 0, MAX_LAYERS)
-        _integer("num_attention_heads", self.num_attention_heads, 1)
-        _integer("intermediate_size", self.intermediate_size, 1)
-        _integer("max_position_embeddings", self.max_position_embeddings, 1)
-        _integer("type_vocab_size", self.type_vocab_size, 1)
-        _integer("num_labels", self.num_labels, 1, MAX_LABELS)
+        for f in fields(self):
+            _check_field(f.name, getattr(self, f.name))
         if self.pad_token_id is not None:
             _integer("pad_token_id", self.pad_token_id, 0, self.vocab_size - 1)
         if self.hidden_size % self.num_attention_heads:
@@ -168,19 +229,13 @@ class BertConfig:
                 f"num_attention_heads: expected heads at most {MAX_HEAD_SIZE} wide, got "
                 f"hidden_size {self.hidden_size} / {self.num_attention_heads} = {self.head_size}"
             )
-        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        _number("hidden_dropout_prob", self.hidden_dropout_prob, 0.0, 1.0)
-        _number("attention_probs_dropout_prob", self.attention_probs_dropout_prob, 0.0, 1.0)
-        if self.classifier_dropout is not None:
-            _number("classifier_dropout", self.classifier_dropout, 0.0, 1.0)
-        _number("initializer_range", self.initializer_range, 0.0)
-        _number("layer_norm_eps", self.layer_norm_eps, 0.0, 1.0)
-        for name in ("tie_word_embeddings", *RETURNED):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
-        if self.problem_type is not None:
-            _one_of("problem_type", self.problem_type, PROBLEM_TYPES)
-        _check_extra(self.extra)
+        for name, (field_name, why) in SAME.items():
+            value, expected = self.extra.get(name), getattr(self, field_name)
+            if value is not None and value != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} as {field_name}, got {shown(value)}: BERT has "
+                    f"{why}"
+                )
         if self.num_parameters() > MAX_PARAMETERS:
             raise ValueError(
                 f"config: its sizes make {self.num_parameters():,} parameters, more than the "
@@ -191,26 +246,23 @@ class BertConfig:
                 f"type_vocab_size={self.type_vocab_size}, num_labels={self.num_labels}"
             )
 
-    def _name_labels(self, count: Any, names: Any, ids: Any) -> None:
-        """Settle ``num_labels`` and the names from whichever of them were given."""
-        if names is not None:
-            names = _label_names(names)
-            # An explicit number has the last word over names that a file has from an older head.
-            if count is not None and count != len(names):
-                names = ids = None
-            else:
-                count = len(names)
-        elif count is None:
-            count = 2
-        # Checked before names are made up, which takes memory in proportion to it.
-        _integer("num_labels", count, 1, MAX_LABELS)
-        if names is None:
+    def _name_labels(self, num_labels: Any, id2label: Any, label2id: Any) -> None:
+        """Settle the three from whichever of them were given."""
+        if label2id is not None and not isinstance(label2id, dict):
+            raise TypeError(f"label2id: expected an object, got {shown(label2id)}")
+        names = None
+        if id2label is not None:
+            names = _label_names("id2label", id2label)
+        elif label2id and num_labels in (None, len(label2id)):
+            names = _label_names("label2id", label2id)
+        # An explicit number has the last word over names that a file has from an older head.
+        if names is None or num_labels not in (None, len(names)):
+            count = 2 if num_labels is None else num_labels
+            # Checked before names are made up, which takes memory in proportion to it.
+            _check_field("num_labels", count)
             names = {i: f"LABEL_{i}" for i in range(count)}
-        if ids is None:
-            ids = {name: i for i, name in names.items()}
-        elif not isinstance(ids, dict):
-            raise TypeError(f"label2id: expected an object, got {shown(ids)}")
-        self.__dict__.update(num_labels=count, id2label=names, label2id=ids)
+        ids = {name: i for i, name in names.items()}
+        self.__dict__.update(num_labels=len(names), id2label=names, label2id=ids)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
@@ -248,9 +300,8 @@ class BertConfig:
         """A checked copy with some fields changed; a new ``num_labels`` renames the labels."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["extra"] = dict(self.extra)
-        if "num_labels" in changes or "id2label" in changes:
-            for name in ("num_labels", "id2label", "label2id"):
-                values[name] = None
+        if not changes.keys().isdisjoint(LABELS):
+            values.update(dict.fromkeys(LABELS))
         for name in changes:
             if name not in values:
                 raise TypeError(f"{name}: expected the name of a config field")
@@ -303,13 +354,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def shown(value: Any) -> str:
-    """``value`` for a message: its type when it is of an odd one, and never pages of it."""
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{type(value).__name__} {text}"
-
-
 def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     wanted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
     if isinstance(value, bool) or not isinstance(value, int):
@@ -320,7 +364,7 @@ def _integer(name: str, value: Any, low: int, high: int | None = None) -> None:
         raise ValueError(f"{name}: expected at most {MAX_PARAMETERS:,}, got more")
 
 
-def _number(name: str, value: Any, low: float, high: float = sys.float_info.max) -> None:
+def _number(name: str, value: Any, low: float, high: float) -> None:
     wanted = f"a number from {low} to {high}" if high <= 1 else f"a finite number >= {low}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {wanted}, got {shown(value)}")
@@ -333,32 +377,59 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
 
 
-def _label_names(id2label: Any) -> dict[int, str]:
-    """JSON turns the integer keys into strings; this turns them back."""
-    if not isinstance(id2label, dict) or not id2label:
-        raise TypeError(f"id2label: expected an object of label names, got {shown(id2label)}")
-    if len(id2label) > MAX_LABELS:
-        raise ValueError(f"id2label: expected at most {MAX_LABELS} labels, got {len(id2label)}")
+def _label_names(field: str, given: Any) -> dict[int, str]:
+    """The names in the order of their ids, from ``id2label`` or from ``label2id``."""
+    if not isinstance(given, dict) or not given:
+        raise TypeError(f"{field}: expected an object of label names, got {shown(given)}")
+    if len(given) > MAX_LABELS:
+        raise ValueError(f"{field}: expected at most {MAX_LABELS} labels, got {len(given)}")
+    where = "keys" if field == "id2label" else "values"
     names: dict[int, str] = {}
-    for key, label in id2label.items():
+    for key, value in given.items():
+        i, label = (key, value) if field == "id2label" else (value, key)
         try:
-            names[int(key)] = label if isinstance(label, str) else str(label)
+            # JSON turns integer keys into strings; this turns them back.
+            names[int(i) if isinstance(i, str) else operator.index(i)] = str(label)
         except (TypeError, ValueError):
-            raise ValueError(f"id2label: expected integers as keys, got {shown(key)}") from None
-    if sorted(names) != list(range(len(id2label))):
-        raise ValueError(
-            f"id2label: expected the keys 0 to {len(id2label) - 1}, got {shown(list(id2label))}"
-        )
+            raise ValueError(f"{field}: expected integers as {where}, got {shown(i)}") from None
+    if sorted(names) != list(range(len(given))):
+        found = list(given) if field == "id2label" else list(given.values())
+        raise ValueError(f"{field}: expected the {where} 0 to {len(given) - 1}, got {shown(found)}")
     return dict(sorted(names.items()))
+
+
+def _check_field(name: str, value: Any) -> None:
+    """Check what can be said of one field alone."""
+    if name in INTEGERS:
+        _integer(name, value, *INTEGERS[name])
+    elif name in NUMBERS and (value is not None or name != "classifier_dropout"):
+        _number(name, value, *NUMBERS[name])
+    elif name in ("tie_word_embeddings", *RETURNED):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected true or false, got {shown(value)}")
+    elif name == "pad_token_id" and value is not None:
+        _integer(name, value, 0)
+    elif name == "hidden_act":
+        _one_of(name, value, ACTIVATIONS)
+    elif name == "problem_type" and value is not None:
+        _one_of(name, value, PROBLEM_TYPES)
+    elif name == "extra":
+        _check_extra(value)
+    elif name in UNSUPPORTED:
+        _check_extra({name: value})
 
 
 def _check_extra(extra: Any) -> None:
     if not isinstance(extra, dict):
         raise TypeError(f"extra: expected a dict, got {shown(extra)}")
     for name, off in UNSUPPORTED.items():
-        if name in extra and not any(extra[name] is v or extra[name] == v for v in off):
+        value = extra.get(name)
+        if name == "auto_map" and isinstance(value, dict):
+            # A tokenizer's or a config's class does not compute.
+            value = {key: code for key, code in value.items() if str(key).startswith("AutoModel")}
+        if not any(value is v or value == v for v in off):
             expected = " or ".join(repr(value) for value in off)
             raise ValueError(
-                f"{name}: expected {expected}, got {shown(extra[name])}; "
+                f"{name}: expected {expected}, got {shown(value)}; "
                 "bertfast does not have this feature"
             )

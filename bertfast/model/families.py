@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.config import BertConfig
 
 POOLER, CLASSIFIER, PREDICTIONS = "bert.pooler.", "classifier.", "cls.predictions."
@@ -170,7 +170,7 @@ def bert_config(values: Any) -> tuple[Family, BertConfig]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         reason = UNLIKE.get(model_type) if isinstance(model_type, str) else None
         raise ValueError(
-            f"model_type: expected one of {', '.join(FAMILIES)}, got {str(model_type)[:60]!r}: "
+            f"model_type: expected one of {', '.join(FAMILIES)}, got {short(model_type)}: "
             f"{reason or 'it is not known to compute what BERT computes'}"
         )
     family = FAMILIES[model_type]
@@ -178,14 +178,8 @@ def bert_config(values: Any) -> tuple[Family, BertConfig]:
     values = {**family.defaults, **values, "model_type": "bert"}
     if not family.has_token_types:
         values["type_vocab_size"] = 1
-    narrow = values.pop("embedding_size", None)
-    hidden = values.get("hidden_size")
-    if narrow not in (None, hidden):
-        raise ValueError(
-            f"embedding_size: expected {hidden} as hidden_size, got {str(narrow)[:60]}: BERT "
-            "has no projection between its word vectors and its layers"
-        )
     config = BertConfig.from_dict(values)
+    config.extra.pop("embedding_size", None)  # the hidden_size, as was checked
     if family.positions_after_padding:
         if config.pad_token_id is None:
             raise ValueError("pad_token_id: expected an integer, which positions start from")

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bertfast import ops
+from bertfast.errors import shown
 from bertfast.model.base import BertPreTrainedModel, init_parameter
 from bertfast.model.bert import BertModel, linear_activation, norm_of_sum
-from bertfast.model.config import BertConfig, shown
+from bertfast.model.config import BertConfig
 from bertfast.model.outputs import (
     LogitsOutput,
     PreTrainingOutput,

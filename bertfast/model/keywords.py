@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bertfast.model.config import shown
+from bertfast.errors import shown
 
 # What ``forward`` takes in transformers, with the values that change nothing.
 FORWARD: dict[str, tuple[Any, ...]] = {
@@ -35,8 +35,18 @@ FROM_PRETRAINED: dict[str, tuple[Any, ...]] = {
     "trust_remote_code": (None, False),
     "subfolder": (None, ""),
     "variant": (None,),
-    "force_download": (None, False),
-    "resume_download": (None, False),
+    # How files are fetched changes no model.
+    "force_download": (None, True, False),
+    "resume_download": (None, True, False),
+    "_from_auto": (None, True, False),
+    "_fast_init": (None, True, False),
+    # Fields of transformers' configs.
+    "use_cache": (None, False),
+    "gradient_checkpointing": (None, False),
+    "chunk_size_feed_forward": (None, 0),
+    "tie_encoder_decoder": (None, False),
+    "cross_attention_hidden_size": (None,),
+    "return_unused_kwargs": (None, False),
     "proxies": (None,),
     "mirror": (None,),
     "use_auth_token": (None, False),
@@ -64,6 +74,15 @@ FROM_PRETRAINED: dict[str, tuple[Any, ...]] = {
     "use_kernels": (None, False),
     "use_flash_attention_2": (None, False),
 }
+
+# Fields of transformers' configs that change nothing, whatever they are; ``config.extra`` has them.
+NOTES = frozenset(
+    ("architectures", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
+     "name_or_path", "_name_or_path", "transformers_version", "bos_token_id", "eos_token_id",
+     "sep_token_id", "cls_token_id", "mask_token_id", "decoder_start_token_id", "directionality",
+     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+     "pooler_size_per_head", "pooler_type")
+)  # fmt: skip
 
 # And ``save_pretrained``.
 SAVE_PRETRAINED: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bertfast.errors import CheckpointError
+from bertfast.errors import CheckpointError, short
 from bertfast.model.config import MAX_LABELS, BertConfig, read_json
 from bertfast.model.families import BERT, Family, as_config, bert_config, google_name
 from bertfast.model.tensorflow import Checkpoint, is_table
@@ -52,7 +52,12 @@ class Source(NamedTuple):
 
 
 def open_source(
-    path: str | os.PathLike[str], config: Any = None, revision: str | None = None, **hub: Any
+    path: str | os.PathLike[str],
+    config: Any = None,
+    revision: str | None = None,
+    *,
+    pickles_first: bool = False,
+    **hub: Any,
 ) -> Source:
     """Find the checkpoint that ``path`` means, and its config unless one is given.
 
@@ -60,6 +65,7 @@ def open_source(
         path: a directory, the prefix of a TensorFlow checkpoint (``…/bert_model.ckpt``), or the id
             of a model on the hub.
         config: in place of the checkpoint's, of ours or of transformers'.
+        pickles_first: whether ``pytorch_model.bin`` comes before safetensors.
         revision, hub: as :func:`locate`.
 
     Raises:
@@ -70,7 +76,8 @@ def open_source(
     place = locate(path, revision, **hub)
     if not place.is_dir():
         return _open_tensorflow(place, given and given[1])
-    for name in WEIGHT_FILES:
+    order = sorted(WEIGHT_FILES, key=lambda name: pickles_first and ".safetensors" in name)
+    for name in order:
         file = place / name
         if file.is_file():
             family, config = given or _read_config(place / CONFIG)
@@ -317,11 +324,6 @@ def _damaged(file: Path, expected: str, error: Exception) -> str:
         found = "something that cannot be read"
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return f"{file}: expected {expected}, got {found} ({short(reason)})"
-
-
-def short(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def listed(items: Iterable[str], separator: str = ", ", limit: int = 12) -> str:

@@ -88,7 +88,9 @@ class Classify(Task[Texts, Tensor]):
     def scores(self, inputs: Sequence[Texts], *, progress: bool = False) -> Tensor:
         """The scores of each input, float32 ``(len(inputs), num_labels)``, in the labels' order."""
         found = self._many(inputs, progress)
-        return torch.stack(found) if found else torch.zeros(0, self._module.config.num_labels)
+        if found:
+            return torch.stack(found)
+        return torch.zeros(0, self._module.config.num_labels, dtype=torch.float32, device="cpu")
 
     def _labels(self, scores: Tensor, top_k: int | None) -> list[Label]:
         names = self._module.config.id2label

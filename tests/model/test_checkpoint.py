@@ -417,7 +417,11 @@ class Evil:
         ({"a": 1}, "expected a dict of names and dense tensors, got 'a' with 1"),
         ({1: torch.ones(2)}, "expected a dict of names and dense tensors, got 1 with Tensor"),
         ({"a": torch.ones(2).to_sparse()}, "expected a dict of names and dense tensors"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "expected a in one of torch.float32"),
+        (
+            {"encoder.layer.0.output.dense.bias": torch.ones(2, dtype=torch.complex64)},
+            "expected encoder.layer.0.output.dense.bias in one of torch.float32",
+        ),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "does not fit BertModel"),
         ({"a": Evil()}, "expected a file of torch weights, got "),
         (Evil(), "expected a file of torch weights, got "),
     ],

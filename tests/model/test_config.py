@@ -98,6 +98,23 @@ def test_probabilities_above_one(name):
         ({"pruned_heads": {"0": [1]}}, "pruned_heads: expected {}"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
         ({"hidden_size": 2**16, "num_attention_heads": 2**10}, "config: its sizes make "),
+        (
+            {"auto_map": {"AutoConfig": "c.C", "AutoModelForMaskedLM": "m.M"}},
+            "auto_map: expected {} or None, got dict {'AutoModelForMaskedLM': 'm.M'}",
+        ),
+        ({"auto_map": "m.M"}, "auto_map: expected {} or None, got str"),
+        ({"is_causal": True}, "is_causal: expected False or None, got bool True"),
+        ({"sliding_window": 128}, "sliding_window: expected None, got int 128"),
+        ({"rope_theta": 10000.0}, "rope_theta: expected None, got float"),
+        ({"rotary_emb_fraction": 1.0}, "rotary_emb_fraction: expected 0 or None, got float 1.0"),
+        ({"norm_type": "rms_norm"}, "norm_type: expected 'layer_norm' or .*, got str 'rms_norm'"),
+        ({"qkv_proj_bias": False}, "qkv_proj_bias: expected True or None, got bool False"),
+        ({"prenorm": True}, "prenorm: expected False"),
+        ({"parallel_attn": True}, "parallel_attn: expected False"),
+        ({"activation_function": "swiglu"}, "activation_function: expected 'gelu' or None"),
+        ({"embedding_size": 128}, "embedding_size: expected 768 as hidden_size, got int 128"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads: expected 12 as num_attention_heads"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon: expected 1e-12 as layer_norm_eps"),
     ],
 )
 def test_refusals_name_the_field(fields, message):
@@ -105,6 +122,30 @@ def test_refusals_name_the_field(fields, message):
         fields = {"label2id": None, **fields}
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         BertConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"gradient_checkpointing": False, "use_cache": True, "transformers_version": "4.6.0"},
+        {"directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12,
+         "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+         "pooler_type": "first_token_transform"},
+        {"_name_or_path": "x", "_num_labels": 2, "task_specific_params": {"a": {"b": 1}},
+         "output_past": True, "finetuning_task": "mrpc", "torch_dtype": "float16",
+         "chunk_size_feed_forward": 0, "bos_token_id": 0, "tokenizer_class": "BertTokenizer"},
+        {"summary_activation": "gelu", "summary_type": "first", "embedding_size": 768},
+        {"sinusoidal_pos_embds": False, "tie_weights_": True, "qa_dropout": 0.1},
+        {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+        {"is_causal": False, "sliding_window": None, "norm_type": "layer_norm", "auto_map": {},
+         "head_dim": 64, "emb_size": 312, "use_flash_attn": False},
+        {"auto_map": {"AutoTokenizer": ["t.T", None], "AutoConfig": "c.C"}},
+    ],
+)  # fmt: skip
+def test_notes_of_published_models_are_kept(notes):
+    config = BertConfig.from_dict(notes)
+    assert config.replace(extra={}) == BertConfig()
+    assert notes.items() <= config.to_dict().items()
 
 
 def test_a_typing_error_in_a_keyword_is_an_error():
@@ -164,6 +205,53 @@ def test_assigned_labels_and_numbers_go_along():
     assert (config.num_labels, config.id2label, config.label2id) == (1, {0: "a"}, {"a": 0})
     with pytest.raises(TypeError, match=r"^num_labels: expected an integer from 1 to .*, got str"):
         config.num_labels = "3"
+
+
+def test_names_and_ids_of_labels_are_inverse():
+    made_up = {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert BertConfig(num_labels=3, label2id={"a": 0, "b": 1}).to_dict()["label2id"] == made_up
+    config = BertConfig(label2id={"b": 1, "a": 0})
+    assert (config.num_labels, config.id2label) == (2, {0: "a", 1: "b"})
+    for stale in ({"x": 0}, {"a": 1, "b": 0}, {}, made_up):
+        assert BertConfig(id2label={0: "a", 1: "b"}, label2id=stale) == config
+    config.label2id = {"a": 0, "b": "2", "c": 1}
+    assert (config.num_labels, config.id2label) == (3, {0: "a", 1: "c", 2: "b"})
+    assert config.label2id == {"a": 0, "c": 1, "b": 2}
+    assert BertConfig(num_labels=5).replace(label2id={"a": 0}).id2label == {0: "a"}
+    same = BertConfig(id2label={0: "a", 1: "a"})
+    assert BertConfig.from_dict(same.to_dict()) == same
+    for ids in ({"a": 0, "b": 0}, {"a": 0, "b": 2}, {"a": 0.0}, {"a": None}):
+        with pytest.raises(ValueError, match=r"^label2id: expected (the v|integers as v)"):
+            BertConfig(label2id=ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in INTEGERS for value in (-1, "3", None)),
+        *((name, value) for name in NUMBERS for value in (-0.5, "0.1")),
+        ("id2label", {0: "a", 2: "b"}), ("id2label", None), ("id2label", [0]),
+        ("label2id", {"a": 0, "b": 0}), ("label2id", None), ("label2id", {}),
+        ("hidden_act", "swish"), ("problem_type", "ranking"), ("pad_token_id", -1),
+        ("tie_word_embeddings", None), ("output_hidden_states", "no"), ("return_dict", 1),
+        ("extra", []), ("extra", {"is_decoder": True}), ("is_decoder", True),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_not_assigned(name, value):
+    config = BertConfig(num_labels=3)
+    with pytest.raises((TypeError, ValueError), match=f"^{name if name != 'extra' else ''}"):
+        setattr(config, name, value)
+    assert config == BertConfig(num_labels=3)
+    assert not hasattr(config, "is_decoder")
+    config.validate()
+
+
+def test_an_assigned_value_is_as_a_given_one():
+    config = BertConfig(output_attentions=True)
+    config.output_attentions = None
+    config.hidden_dropout_prob = 0
+    config.classifier_dropout = config.pad_token_id = None
+    assert repr(config) == repr(BertConfig(hidden_dropout_prob=0.0, pad_token_id=None))
 
 
 def test_an_assigned_feature_is_refused_as_a_given_one():

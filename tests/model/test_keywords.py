@@ -120,8 +120,8 @@ def test_keywords_with_a_meaning(saved):
         ({"is_decoder": True}, ValueError, "is_decoder: expected False or None, got bool True"),
         ({"output_loading_info": True}, ValueError, "output_loading_info: expected None or False"),
         ({"hiden_size": 3}, TypeError,
-         "hiden_size: expected a keyword of BertForMaskedLM.from_pretrained or a field of its "
-         "config, got int 3"),
+         "hiden_size: expected a keyword of BertForMaskedLM.from_pretrained or a field of "
+         "BertConfig, got int 3"),
         ({"add_pooling_layer": True}, TypeError, "add_pooling_layer: expected a keyword of"),
         ({"output_hidden_states": [0]}, TypeError, "output_hidden_states: expected true or false"),
         ({"dtype": "float8"}, ValueError, "dtype: expected one of torch.float32"),
@@ -131,7 +131,11 @@ def test_keywords_with_a_meaning(saved):
         ({"device_map": {"bert": 0, "cls": 1}}, ValueError, "device_map: expected one device"),
         ({"ignore_mismatched_sizes": "yes"}, TypeError, "ignore_mismatched_sizes: expected True"),
         ({"fresh_heads": 0}, TypeError, "fresh_heads: expected True, False or None, got int 0"),
-        ({"use_safetensors": False}, ValueError, "use_safetensors: expected None or True"),
+        ({"use_safetensors": 0}, TypeError, "use_safetensors: expected True, False or None"),
+        ({"use_cache": True}, ValueError, "use_cache: expected None or False, got bool True"),
+        ({"gradient_checkpointing": True}, ValueError, "gradient_checkpointing: expected None or"),
+        ({"chunk_size_feed_forward": 8}, ValueError, "chunk_size_feed_forward: expected None or 0"),
+        ({"sliding_window": 8}, ValueError, "sliding_window: expected None, got int 8"),
         ({"ignore": "cls.*"}, TypeError, "ignore: expected a list of patterns, got str"),
         ({"ignore": [b"x"]}, TypeError, "ignore: expected strings, got bytes"),
     ],
@@ -139,6 +143,31 @@ def test_keywords_with_a_meaning(saved):
 def test_keywords_that_ask_for_something_else(keywords, error, message, saved):
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         bertfast.BertForMaskedLM.from_pretrained(saved, **keywords)
+
+
+def test_keywords_that_change_nothing(saved):
+    change_config(saved, use_cache=True)
+    load = bertfast.BertForMaskedLM.from_pretrained
+    model = load(
+        saved, use_cache=False, gradient_checkpointing=False, chunk_size_feed_forward=0,
+        finetuning_task="x", architectures=["BertModel"], _from_auto=True, _fast_init=False,
+        force_download=True, resume_download=True, use_safetensors=False, is_causal=False,
+    )  # fmt: skip
+    assert same(model, load(saved))
+    assert model.config.extra["finetuning_task"] == "x"
+    model.save_pretrained(saved)
+    values = json.loads((saved / "config.json").read_text())
+    assert values["architectures"] == ["BertForMaskedLM"]
+    assert values["finetuning_task"] == "x"
+
+
+def test_no_safetensors_where_there_are_pickles(saved):
+    state = load_file(saved / "model.safetensors")
+    torch.save({name: value + 1 for name, value in state.items()}, saved / "pytorch_model.bin")
+    load = bertfast.BertForMaskedLM.from_pretrained
+    for wish, shift in ((None, 0), (True, 0), (False, 1)):
+        table = load(saved, use_safetensors=wish).get_input_embeddings().weight
+        assert table.equal(state["bert.embeddings.word_embeddings.weight"] + shift)
 
 
 def test_safetensors_or_nothing(saved):
@@ -185,7 +214,8 @@ def test_tensors_beyond_the_model(saved):
     load = bertfast.BertForMaskedLM.from_pretrained
     with pytest.raises(
         CheckpointError,
-        match=r"expected bert\.embeddings\.chains in one of .*, got torch\.int64; ignore= in",
+        match=r"unexpected: bert\.embeddings\.chains of torch\.int64, cls\.species\.bias, "
+        r"cls\.species\.weight \(ignore= in from_pretrained",
     ):
         load(saved)
     with pytest.raises(
@@ -203,6 +233,20 @@ def test_tensors_beyond_the_model(saved):
             load(saved, ignore=["cls.species.*", "*.chains", pattern])
     with pytest.raises(ValueError, match=r"^ignore: .*got 'cls\.specie', which none of its"):
         load(saved, ignore=["cls.specie"])
+
+
+def test_integers_are_no_weights_under_any_name(saved):
+    plain = bertfast.BertModel.from_pretrained(saved, dtype="float16", add_pooling_layer=False)
+    plain.save_pretrained(saved)
+    add_tensors(saved, **{"cls.predictions.bias": torch.arange(37)})
+    again = bertfast.BertModel.from_pretrained(saved, add_pooling_layer=False)
+    assert again.dtype == torch.float16
+    for name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        plain.save_pretrained(saved)
+        add_tensors(saved, **{name: torch.arange(37)})
+        message = rf"expected {re.escape(name)} in one of .*, got torch\.int64$"
+        with pytest.raises(CheckpointError, match=message):
+            bertfast.BertForMaskedLM.from_pretrained(saved)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert"])
@@ -355,3 +399,21 @@ def test_adapters_of_peft(tiny_config, tmp_path):
         model.save_pretrained(tmp_path)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.ones(2, 2), "Tensor of shape (2, 2)"),
+        (torch.ones(3).numpy(), "ndarray of shape (3,)"),
+        (torch.tensor(1.0), "Tensor tensor(1.)"),
+        ([torch.ones(2, 2)], "list [tensor([[1., 1.], [1., 1.]])]"),
+        ("a  b\n", r"str 'a  b\n'"),
+        (list(range(50)), "list [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, "
+         "19, 20, 21..."),
+    ],
+)  # fmt: skip
+def test_a_refused_value_is_shown_in_one_line(value, text, tiny_config):
+    model = bertfast.BertModel(tiny_config())
+    with pytest.raises(ValueError, match=rf"^head_mask: expected None, got {re.escape(text)}; b"):
+        model(IDS, head_mask=value)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bertfast import tasks
+from bertfast import tasks, testing
 
 from .conftest import TEXTS
 
@@ -41,7 +41,7 @@ def classify(make: Callable[..., Path]) -> Any:
     task = tasks.Classify.from_pretrained(
         make("BertForSequenceClassification", num_labels=3), long="window"
     )
-    return task.many(TEXTS), task.many([])
+    return task.many(TEXTS), task.many([]), task.scores(TEXTS), task.scores([])
 
 
 def tag(make: Callable[..., Path]) -> Any:
@@ -96,3 +96,20 @@ def test_a_task_under_another_default(
     expected = run(make_model)  # which makes the directories, too
     defaults()
     assert same(run(make_model), expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        testing.layernorm_case(3, 8, name="sliced", dropout_p=0.1, layout="sliced"),
+        testing.gelu_case(3, 8, name="misaligned", layout="misaligned", upstream="transposed"),
+        testing.embedding_case(5, 8, name="plain"),
+        testing.attention_case([3, 2], 1, 16, name="plain", dropout_p=0.1),
+        testing.cross_entropy_case(5, 8, 11, name="plain"),
+    ],
+    ids=str,
+)
+def test_a_gate_under_another_default(case: testing.Case, defaults: Callable[[], None]) -> None:
+    defaults()
+    testing._expected.cache_clear()  # else what was computed before the change
+    testing.run_gate(case, torch.float32, "cpu")
