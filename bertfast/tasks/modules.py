@@ -36,7 +36,10 @@ ENCODER_FILES = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
     "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
     "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
 )
 # What is computed for each number by itself, and takes no argument.
 ACTIVATIONS = {

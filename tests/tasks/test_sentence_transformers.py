@@ -207,6 +207,9 @@ def test_a_tokenizer_config_against_tokenizer_json(saved, check) -> None:
         ("sentence_bert_config.json", {"pooling_mode_cls_token": False}),
         ("sentence_bert_config.json", {"pooling_mode_cls_token": True, "pooling_mode": "max"}),
         ("sentence_bert_config.json", {}),
+        ("sentence_camembert_config.json", {}),
+        ("sentence_albert_config.json", {}),
+        ("sentence_xlnet_config.json", {}),
     ],
 )  # fmt: skip
 def test_directories_of_older_releases(encoder_file, flags, folder, tmp_path, check) -> None:
