@@ -251,13 +251,15 @@ def _put_companions(
     return {"tokens": tokens, "lowercase": is_lowercase(tokenizer)}
 
 
-def _limit_length(source: Path, out: Path, length: int) -> None:
+def _limit_length(source: Path, out: Path, positions: int) -> None:
     """No tokenizer should make texts longer than the position table."""
+    found = read_tokenizer_config(source).max_length
+    if found is not None and found <= positions:
+        return
     file = source / "tokenizer_config.json"
-    values = read_json(file) if file.is_file() else None
-    if isinstance(values, dict):
-        found = values.get("model_max_length")
-        if isinstance(found, (int, float)) and found > length:
-            values["model_max_length"] = length
-            text = json.dumps(values, indent=2)
-            (out / file.name).write_text(text + "\n", encoding="utf-8")
+    values = read_json(file) if file.is_file() else {}
+    # Older files name it so, and it would be read as well.
+    values.pop("max_len", None)
+    values["model_max_length"] = positions
+    text = json.dumps(values, indent=2)
+    (out / file.name).write_text(text + "\n", encoding="utf-8")

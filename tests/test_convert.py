@@ -19,6 +19,7 @@ from bertfast import convert as module
 from bertfast.cli import HEADS, main
 from bertfast.convert import CLASSES, ConvertSettings, choose_head, convert
 from bertfast.data import load_tokenizer, save_tokenizer, train_vocab
+from bertfast.data.tokenizer_config import read_tokenizer_config
 from bertfast.errors import CheckpointError
 
 FILES = Path(__file__).parent / "model" / "tensorflow"
@@ -446,7 +447,20 @@ def test_a_tokenizers_limit_is_kept(limit, written, kept, saved, tmp_path):
     files = {"tokenizer_config.json": {"do_lower_case": True, "model_max_length": limit}}
     _, out = converted(saved, tmp_path, files, kept)
     found = json.loads((out / "tokenizer_config.json").read_text())["model_max_length"]
-    assert found == (limit if limit is None and kept == "tokenizer.json" else written)
+    assert found == written
+
+
+@pytest.mark.parametrize(("limit", "written"), [(8, 8), (512, 10)])
+@pytest.mark.parametrize("kept", ["vocab.txt", "tokenizer.json"])
+def test_a_limit_by_its_older_name_is_kept(limit, written, kept, saved, tmp_path):
+    files = {"tokenizer_config.json": {"do_lower_case": True, "max_len": limit}}
+    _, out = converted(saved, tmp_path, files, kept)
+    assert read_tokenizer_config(out).max_length == written
+
+
+def test_a_tokenizer_without_settings_gets_the_models_limit(saved, tmp_path):
+    _, out = converted(saved, tmp_path, {}, "tokenizer.json")
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 10}
 
 
 def test_the_report_is_of_the_tokenizer_with_its_settings(saved, tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bertfast.errors import CheckpointError
 from bertfast.settings import Settings
@@ -36,11 +36,34 @@ PYTHON_CLASSES = frozenset(
         "XLMTokenizer",
     }
 )  # fmt: skip
+# Of these transformers makes a tokenizer of one kind with a first token of its own, whatever
+# tokenizer.json has: another one's ids would be other words.
+MODELS = {
+    **dict.fromkeys(BERT_CLASSES, "WordPiece"),
+    **dict.fromkeys(("FunnelTokenizer", "MPNetTokenizer"), "WordPiece"),
+    **dict.fromkeys(("LongformerTokenizer", "RobertaTokenizer"), "BPE"),
+    **dict.fromkeys(("AlbertTokenizer", "CamembertTokenizer", "XLMRobertaTokenizer"), "Unigram"),
+}
+STARTS = {
+    **dict.fromkeys(BERT_CLASSES, "[CLS]"),
+    "FunnelTokenizer": "<cls>",
+    **dict.fromkeys(("LongformerTokenizer", "MPNetTokenizer", "RobertaTokenizer"), "<s>"),
+    **dict.fromkeys(("CamembertTokenizer", "XLMRobertaTokenizer"), "<s>"),
+}
+# transformers gives the inputs of these no types, where model_input_names does not ask for them.
+# PreTrainedTokenizerFast had types in its version 4, and has none in 5.
+UNTYPED = frozenset(
+    {
+        "DistilBertTokenizer", "FunnelTokenizer", "MPNetTokenizer", "PreTrainedTokenizer",
+        "TokenizersBackend",
+    }
+)  # fmt: skip
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 FLAGS = {"lstrip", "rstrip", "normalized", "single_word", "special"}
 # Where the tokenizer came from, how texts are padded (rows here are not), decoding, chats,
-# warnings, and offsets, which the tasks trim themselves.
+# warnings, and offsets, which the tasks trim themselves. A key that nobody knows is refused: it may
+# be of a tokenizer that cuts texts by it.
 HARMLESS = frozenset(
     {
         "_commit_hash", "_from_auto", "backend", "cache_dir", "chat_template",
@@ -56,6 +79,21 @@ HARMLESS = frozenset(
         "truncation_strategy", "trust_remote_code", "use_auth_token",
         "use_default_system_prompt", "use_fast", "verbose", "vocab_file", "vocab_size",
     }
+    # AutoTokenizer.from_pretrained keeps whatever else it is given, which is for the model.
+    | {
+        "_name_or_path", "_fast_init", "architectures", "attn_implementation", "auto_class",
+        "bad_words_ids", "classifier_dropout", "dtype", "finetuning_task", "from_flax", "from_pt",
+        "from_tf", "gradient_checkpointing", "id2label", "ignore_mismatched_sizes", "label2id",
+        "language", "load_in_4bit", "load_in_8bit", "low_cpu_mem_usage", "max_memory",
+        "max_seq_length", "mirror", "num_labels", "offload_folder", "offload_state_dict",
+        "output_attentions", "output_hidden_states", "output_loading_info", "problem_type",
+        "proxies", "quantization_config", "resume_download", "return_dict", "return_unused_kwargs",
+        "state_dict", "subfolder", "task", "tie_word_embeddings", "token", "tokenizer_type",
+        "torch_dtype", "torchscript", "tp_plan", "use_cache", "use_safetensors", "variant",
+        "weights_only",
+    }
+    # transformers looks ids up by their tokens.
+    | {f"{role}_token_id" for role in ROLES}
 )  # fmt: skip
 
 
@@ -145,7 +183,7 @@ def _length(settings: Settings) -> int | None:
 def _has_token_types(settings: Settings, kind: str | None) -> bool:
     names = settings.take("model_input_names", list, "a list of names")
     settings.only("return_token_type_ids", True)
-    return kind != "DistilBertTokenizer" if names is None else "token_type_ids" in names
+    return kind not in UNTYPED if names is None else "token_type_ids" in names
 
 
 def _refuse_other_ways(settings: Settings, serialized: bool) -> None:
@@ -268,6 +306,7 @@ def apply(config: TokenizerConfig, tokenizer: Tokenizer, specials: Sequence[str]
     Raises CheckpointError where the files contradict each other and transformers, too, would have
     to guess.
     """
+    _match_class(config, tokenizer, specials)
     _normalize(config, tokenizer)
     _add_prefix_space(config, tokenizer)
     for role, content in zip(("pad", "unk", "cls", "sep", "mask"), specials, strict=False):
@@ -282,11 +321,33 @@ def apply(config: TokenizerConfig, tokenizer: Tokenizer, specials: Sequence[str]
         pair = tokenizer.encode(specials[-1], specials[-1])
         if any(pair.type_ids):
             ids = [(token, tokenizer.token_to_id(token)) for token in specials[2:4]]
+            texts = iter(("$A", "$B:0"))
+            # RoBERTa has two tokens between the texts, BERT one.
+            parts = [next(texts) if t == specials[-1] else f"{t}:0" for t in pair.tokens]
             start, end = specials[2:4]
             tokenizer.post_processor = processors.TemplateProcessing(
-                single=f"{start} $A {end}", pair=f"{start} $A {end} $B:0 {end}:0",
-                special_tokens=ids,
-            )  # fmt: skip
+                single=f"{start} $A {end}", pair=" ".join(parts), special_tokens=ids
+            )
+
+
+def _match_class(config: TokenizerConfig, tokenizer: Tokenizer, specials: Sequence[str]) -> None:
+    """Refuse a class that makes another tokenizer than the one that is there."""
+    kind = config.kind
+    if kind is None:
+        return
+    got = type(tokenizer.model).__name__
+    if MODELS.get(kind, got) != got:
+        raise CheckpointError(
+            f"{config.file}: tokenizer_class: expected one for tokenizer.json's {got}, got "
+            f"{kind!r}, which is for {MODELS[kind]}"
+        )
+    # Where the start is named, that is what counts.
+    start = None if "cls" in config.named else STARTS.get(kind)
+    if specials and start not in (None, specials[2]):
+        raise CheckpointError(
+            f"{config.file}: tokenizer_class: expected one whose texts start with {specials[2]!r}, "
+            f"as in the vocabulary, got {kind!r}, whose texts start with {start!r}"
+        )
 
 
 def _normalize(config: TokenizerConfig, tokenizer: Tokenizer) -> None:
@@ -300,9 +361,32 @@ def _normalize(config: TokenizerConfig, tokenizer: Tokenizer) -> None:
                 setattr(normalizer, name, value)
                 tokenizer.normalizer = normalizer
         return
-    wanted = config.normalizer.get("lowercase")
-    if wanted is not None and config.kind is not None and wanted != is_lowercase(tokenizer):
-        raise _contradiction(config, "do_lower_case", not wanted, wanted)
+    # transformers would put BertNormalizer in its place. Where both do the same, nothing is lost.
+    if type(tokenizer.model) is not models.WordPiece:
+        return
+    lowers = _normalized(tokenizer, "A") == "a"
+    wanted = dict(config.normalizer)
+    lowercase = wanted.get("lowercase")
+    if wanted.get("strip_accents", False) is None:
+        wanted["strip_accents"] = lowers if lowercase is None else lowercase
+    for key, argument, does in (
+        ("do_lower_case", "lowercase", lowers),
+        ("strip_accents", "strip_accents", _normalized(tokenizer, "\u00e9") == "e"),
+        ("tokenize_chinese_chars", "handle_chinese_chars", _splits(tokenizer, "\u4e2d\u56fd")),
+    ):
+        value = wanted.get(argument)
+        if value is not None and value != does:
+            raise _contradiction(config, key, does, value)
+
+
+def _normalized(tokenizer: Tokenizer, text: str) -> str:
+    found: str = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    return found
+
+
+def _splits(tokenizer: Tokenizer, text: str) -> bool:
+    text, splitter = _normalized(tokenizer, text), tokenizer.pre_tokenizer
+    return len(splitter.pre_tokenize_str(text) if splitter else text.split()) > 1
 
 
 def _add_prefix_space(config: TokenizerConfig, tokenizer: Tokenizer) -> None:

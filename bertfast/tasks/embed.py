@@ -19,7 +19,7 @@ from bertfast.errors import CheckpointError
 from bertfast.model.bert import BertModel
 from bertfast.model.sources import directory_of, locate
 from bertfast.tasks.batches import Row, finite, token_ids
-from bertfast.tasks.modules import poolings, read_layout
+from bertfast.tasks.modules import Dense, Layout, poolings, read_layout
 from bertfast.tasks.task import Done, Task, check_count, limit
 
 Self = TypeVar("Self", bound="Embed")
@@ -57,6 +57,7 @@ class Embed(Task[str, Tensor]):
         ValueError: an unknown pooling or prompt, a layer that is not there, too many dimensions.
     """
 
+    pairs = False
     models = (BertModel,)
 
     def __init__(
@@ -141,6 +142,8 @@ class Embed(Task[str, Tensor]):
                 f"(hidden_size), got {layout.pooled[1]}"
             )
         defaults, positions = layout.options, model.config.max_position_embeddings
+        if "pooling" in options and "head" not in options:
+            _check_width(options["pooling"], hidden, layout)
         # As there: the encoder's limit counts, not the tokenizer's.
         defaults["max_length"] = limit(layout.folder, positions, defaults.get("max_length"))
         if options.get("prompt") is not None:
@@ -267,6 +270,20 @@ class Embed(Task[str, Tensor]):
             total = summed(weights) if total is None else total
             merged.append(summed(part * weights.unsqueeze(1)) / total.clamp(min=1).unsqueeze(1))
         return torch.cat(merged, dim=1)
+
+
+def _check_width(pooling: Any, hidden: int, layout: Layout) -> None:
+    """Whether another pooling than a directory's fits what the directory computes of it."""
+    # Others take vectors of any width.
+    sized = [part for part in layout.options.get("head", ()) if [*part.parameters()]]
+    if not sized:
+        return
+    expected, got = (hidden * len(poolings(p)) for p in (layout.options["pooling"], pooling))
+    if got != expected:
+        name = "Dense" if isinstance(sized[0], Dense) else "LayerNorm"
+        raise ValueError(
+            f"pooling: expected vectors of {expected} numbers for the directory's {name}, got {got}"
+        )
 
 
 def pool(

@@ -39,6 +39,7 @@ class FillMask(Task[str, list[list[Filled]]]):
     ``long="truncate"`` masks behind the cut are an error.
     """
 
+    pairs = False
     models = (BertForMaskedLM, BertForPreTraining)
     default_long = "window"
     with_offsets = True

@@ -7,7 +7,7 @@ know is refused, too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,10 @@ ENCODER_FILES = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
     "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
     "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
 )
 # What is computed for each number by itself, and takes no argument.
 ACTIVATIONS = {
@@ -244,6 +247,10 @@ def _dense(settings: Settings, folder: Path, width: int) -> tuple[nn.Module, int
     out = settings.count("out_features")
     if out is None:
         raise settings.error("out_features", None, "a positive integer")
+    # Of these two, null is not as good as absent: sentence-transformers fails on it.
+    for key in ("activation_function", "module_input_name"):
+        if key in settings and dict(settings.items())[key] is None:
+            raise settings.error(key, None, "a string, or no such setting")
     name = settings.text("activation_function") or "torch.nn.modules.activation.Tanh"
     kind = ACTIVATIONS.get(name.rpartition(".")[2])
     if kind is None or not name.startswith("torch.nn."):
@@ -253,14 +260,22 @@ def _dense(settings: Settings, folder: Path, width: int) -> tuple[nn.Module, int
     bias = settings.flag("bias") is not False
     use_residual = bool(settings.flag("use_residual"))
     _vectors_only(settings)
-    return _filled(Dense(width, out, bias, kind(), use_residual), folder), out
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": (out, width)}
+    if bias:
+        shapes["linear.bias"] = (out,)
+    if use_residual and width != out:
+        shapes["residual.weight"] = (out, width)
+    weights = _weights(settings.file, folder, "out_features", shapes)
+    return _filled(Dense(width, out, bias, kind(), use_residual), weights), out
 
 
 def _layer_norm(settings: Settings, folder: Path, width: int) -> tuple[nn.Module, int]:
     _same(settings, "dimension", width)
     settings.finish()
+    shapes = {"norm.weight": (width,), "norm.bias": (width,)}
+    weights = _weights(settings.file, folder, "dimension", shapes)
     norm = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width, **ON_CPU)))
-    return _filled(norm, folder), width
+    return _filled(norm, weights), width
 
 
 def _normalize(settings: Settings, folder: Path, width: int) -> tuple[nn.Module, int]:
@@ -285,18 +300,24 @@ def _vectors_only(settings: Settings) -> None:
     settings.finish()
 
 
-def _filled(module: nn.Module, folder: Path) -> nn.Module:
-    """A module with the weights in its folder, all of them and no others."""
+def _weights(
+    settings: Path, folder: Path, key: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """The weights in a module's folder if they have the shapes that its settings, the ``key`` in
+    their file, ask for. Numbers in a file may be of any size: nothing is allocated before."""
     file, weights = read_weights(folder)
-    wanted = dict(module.named_parameters())
-    expected, got = (
-        listed(f"{name} {tuple(weight.shape)}" for name, weight in found.items())
-        for found in (wanted, weights)
-    )
-    if got != expected:
-        raise CheckpointError(f"{file}: expected {expected}, got {got}")
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != shapes:
+        expected, got = (
+            listed(f"{name} {shape}" for name, shape in sizes.items()) for sizes in (shapes, found)
+        )
+        raise CheckpointError(f"{file}: expected {expected} ({key} in {settings}), got {got}")
+    return weights
+
+
+def _filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in module.named_parameters():
             parameter.copy_(weights[name])
     return module
 

@@ -62,6 +62,7 @@ class Tag(Task[str, Tagged]):
         ValueError: an unknown strategy.
     """
 
+    pairs = False
     models = (BertForTokenClassification,)
     architectures = ("ForTokenClassification",)
     default_long = "window"

@@ -68,6 +68,8 @@ class Task(Generic[Input, Result]):
     architectures: ClassVar[tuple[str, ...]] = ()
     default_long: ClassVar[str] = "truncate"
     with_offsets: ClassVar[bool] = False
+    # Whether an input may be a pair, which takes a longer row.
+    pairs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -100,7 +102,9 @@ class Task(Generic[Input, Result]):
             )
         positions = config.max_position_embeddings
         # The fewest that leave a token for each text.
-        fewest = max(self.template.single + 1, self.template.pair + 2)
+        fewest = self.template.single + 1
+        if self.pairs:
+            fewest = max(fewest, self.template.pair + 2)
         self.max_length = _integer("max_length", max_length, positions, 1, positions)
         self.long = self.default_long if long is None else long
         if self.long not in LONG:

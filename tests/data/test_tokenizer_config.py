@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from bertfast.data import load_tokenizer, save_tokenizer, train_vocab
 from bertfast.data.tokenizer_config import is_lowercase, read_tokenizer_config
@@ -224,7 +224,9 @@ def test_settings_that_change_nothing(write) -> None:
         "clean_up_tokenization_spaces": True, "max_length": 128, "stride": 0, "use_fast": True,
         "truncation_strategy": "longest_first", "unheard_of": None, "extra_special_tokens": {},
         "processor_class": "X", "never_split": ["[CLS]"], "pad_to_multiple_of": 8,
-        "auto_map": {}, "local_files_only": False, "pad_token_type_id": 0,
+        "auto_map": {}, "local_files_only": False, "pad_token_type_id": 0, "num_labels": 2,
+        "torch_dtype": "float32", "id2label": {"0": "a"}, "cls_token_id": 2, "use_cache": True,
+        "attn_implementation": "eager", "subfolder": "x", "from_pt": True, "_name_or_path": "x",
     }  # fmt: skip
     directory = write(settings(do_lower_case=False, **values))
     check(directory)
@@ -252,6 +254,81 @@ def test_other_normalizers_are_not_contradicted(write) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=r"do_lower_case: expected False, as in tok"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_lower_case": False}, "do_lower_case: expected True, .* got False"),
+        ({"do_lower_case": True, "strip_accents": False}, "strip_accents: expected True, .* False"),
+        ({"tokenize_chinese_chars": True}, "tokenize_chinese_chars: expected False, .* got True"),
+        ({"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": False}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", [{}, {"tokenizer_class": "BertTokenizer"}])
+def test_normalizers_in_a_row_are_obeyed_or_refused(kind, values, message, write) -> None:
+    directory = write(settings(**kind, **values), "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    parts = [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
+    tokenizer.normalizer = normalizers.Sequence(parts)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    if message is None:
+        assert "schon" in load_tokenizer(directory).normalizer.normalize_str("Schön")
+        return
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("names", [None, ["input_ids", "token_type_ids"]])
+def test_types_of_a_tokenizer_without_a_class_of_its_own(kind, names, write) -> None:
+    from transformers import AutoTokenizer
+
+    named = {} if names is None else {"model_input_names": names}
+    # transformers 5 has no types by default where the class is not BERT's.
+    directory = write(settings(tokenizer_class=kind, unk_token="[UNK]", **named), "tokenizer.json")
+    expected = AutoTokenizer.from_pretrained(directory)("a", "the fox")
+    pair = load_tokenizer(directory).encode("a", "the fox")
+    assert pair.ids == expected["input_ids"]
+    assert pair.type_ids == expected.get("token_type_ids", [0] * len(pair.ids))
+    assert any(pair.type_ids) == (names is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("MPNetTokenizer", r"start with '\[CLS\]', .* got 'MPNetTokenizer', whose .* '<s>'"),
+        ("RobertaTokenizerFast", "tokenizer.json's WordPiece, got 'RobertaTokenizer', .* for BPE"),
+        ("XLMRobertaTokenizer", "WordPiece, got 'XLMRobertaTokenizer', which is for Unigram"),
+    ],
+)
+def test_a_class_of_another_tokenizer_is_refused(kind, message, write) -> None:
+    with pytest.raises(CheckpointError, match=f"tokenizer_class: expected .*{message}"):
+        load_tokenizer(write(settings(tokenizer_class=kind), "tokenizer.json"))
+
+
+def test_berts_class_over_another_model_is_refused(write) -> None:
+    directory = write(settings(tokenizer_class="BertTokenizer"), "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.model = models.Unigram([(word, -1.0) for word in tokenizer.get_vocab()], 0, False)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="Unigram, got 'BertTokenizer', which is for WordP"):
+        load_tokenizer(directory)
+
+
+def test_pairs_without_types_keep_the_tokens_between_the_texts(tmp_path) -> None:
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a"]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(words[:5])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )  # fmt: skip
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "MPNetTokenizer"}')
+    pair = load_tokenizer(tmp_path).encode("a", "a")
+    assert pair.ids == [0, 5, 2, 2, 5, 2]
+    assert not any(pair.type_ids)
 
 
 def test_truncation_at_the_other_end_is_refused(write) -> None:

@@ -207,6 +207,9 @@ def test_a_tokenizer_config_against_tokenizer_json(saved, check) -> None:
         ("sentence_bert_config.json", {"pooling_mode_cls_token": False}),
         ("sentence_bert_config.json", {"pooling_mode_cls_token": True, "pooling_mode": "max"}),
         ("sentence_bert_config.json", {}),
+        ("sentence_camembert_config.json", {}),
+        ("sentence_albert_config.json", {}),
+        ("sentence_xlnet_config.json", {}),
     ],
 )  # fmt: skip
 def test_directories_of_older_releases(encoder_file, flags, folder, tmp_path, check) -> None:
@@ -242,6 +245,12 @@ def test_directories_of_older_releases(encoder_file, flags, folder, tmp_path, ch
     ("changes", "message"),
     [
         ({"in_features": 23}, "in_features: expected 24, the length of .* got 23"),
+        (
+            {"out_features": 10**30},
+            r"linear\.weight \(10{30}, 24\) \(out_features in .*config\.json",
+        ),
+        ({"activation_function": None}, "activation_function: expected a string, .* got None"),
+        ({"module_input_name": None}, "module_input_name: expected a string, .* got None"),
         ({"out_features": 11}, r"expected linear\.bias \(11,\), .* got linear\.bias \(10,\)"),
         ({"activation_function": "mine.Swish"}, "activation_function: .* Tanh, got 'mine.Swish'"),
         ({"activation_function": "torch.nn.Softmax"}, "Tanh, got 'torch.nn.Softmax'"),
@@ -257,6 +266,21 @@ def test_refuses_what_a_dense_layer_is_not(changes, message, saved) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Embed.from_pretrained(directory)
     assert str(directory / "2_Dense") in str(caught.value)
+
+
+def test_another_pooling_has_to_fit_the_dense_layer(saved) -> None:
+    directory = saved(pooling(), dense(24, 10))
+    assert Embed.from_pretrained(directory, pooling="cls")("x").shape == (10,)
+    message = "pooling: expected vectors of 24 numbers for the directory's Dense, got 48"
+    with pytest.raises(ValueError, match=message):
+        Embed.from_pretrained(directory, pooling=("mean", "max"))
+
+
+def test_texts_of_one_token(saved, check) -> None:
+    directory = saved(pooling())
+    file = directory / "sentence_bert_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_seq_length": 3}))
+    assert check(directory).max_length == 3
 
 
 def test_refuses_classes_of_others(saved) -> None:
