@@ -50,7 +50,7 @@ class BertPreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         *,
         config: BertConfig | None = None,
         dtype: torch.dtype | str | None = None,
@@ -65,6 +65,7 @@ class BertPreTrainedModel(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Model:
         """Load a model in evaluation mode; see :func:`bertfast.model.checkpoint.load`.
@@ -86,7 +87,8 @@ class BertPreTrainedModel(nn.Module):
             use_safetensors: True refuses a checkpoint that has only ``pytorch_model.bin`` or
                 TensorFlow's files; False takes the former where both are there.
             local_files_only, token, cache_dir: of the hub, as huggingface_hub takes them.
-            torch_dtype, device_map: older names of ``dtype`` and, for a single one, ``device``.
+            torch_dtype, device_map, pretrained_model_name_or_path: other names of ``dtype``, for a
+                single one ``device``, and ``path``.
             options: config fields to override (``num_labels=3``, ``output_hidden_states=True``;
                 ``max_position_embeddings=128`` cuts the position table), and the class's own
                 arguments (``add_pooling_layer=False``). transformers' other keywords, and fields
@@ -100,7 +102,9 @@ class BertPreTrainedModel(nn.Module):
 
         return checkpoint.load(
             cls,
-            path,
+            same_thing(
+                "path", path, "pretrained_model_name_or_path", pretrained_model_name_or_path
+            ),
             config=config,
             dtype=same_thing("dtype", dtype, "torch_dtype", torch_dtype),
             device=same_thing("device", device, "device_map", one_device(device_map)),

@@ -100,6 +100,7 @@ def test_keywords_with_a_meaning(saved):
         assert load(saved, dtype=dtype).dtype == load(saved, torch_dtype=dtype).dtype
         assert load(saved, dtype=dtype).dtype == torch.bfloat16
     assert load(saved, dtype="auto").dtype == torch.float32
+    assert same(load(pretrained_model_name_or_path=saved), plain)
     assert load(saved, device_map={"": "cpu"}).device.type == "cpu"
     names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     with pytest.warns(UserWarning, match="has no classifier"):
@@ -136,6 +137,8 @@ def test_keywords_with_a_meaning(saved):
         ({"gradient_checkpointing": True}, ValueError, "gradient_checkpointing: expected None or"),
         ({"chunk_size_feed_forward": 8}, ValueError, "chunk_size_feed_forward: expected None or 0"),
         ({"sliding_window": 8}, ValueError, "sliding_window: expected None, got int 8"),
+        ({"pretrained_model_name_or_path": "other"}, ValueError,
+         "pretrained_model_name_or_path: expected path, "),
         ({"ignore": "cls.*"}, TypeError, "ignore: expected a list of patterns, got str"),
         ({"ignore": [b"x"]}, TypeError, "ignore: expected strings, got bytes"),
     ],
@@ -143,6 +146,11 @@ def test_keywords_with_a_meaning(saved):
 def test_keywords_that_ask_for_something_else(keywords, error, message, saved):
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         bertfast.BertForMaskedLM.from_pretrained(saved, **keywords)
+
+
+def test_a_path_is_needed():
+    with pytest.raises(TypeError, match=r"^path: expected a path or a hub id, got NoneType"):
+        bertfast.BertForMaskedLM.from_pretrained()
 
 
 def test_keywords_that_change_nothing(saved):
